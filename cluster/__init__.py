@@ -1,0 +1,1 @@
+"""The same commands on one machine and on a cluster."""

@@ -1,0 +1,1 @@
+"""Contracts that two packages share. Imports neither torch nor ray."""

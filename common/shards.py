@@ -1,0 +1,183 @@
+"""The shard contract: what a prepared dataset looks like on storage (see ARCHITECTURE.md).
+
+A dataset is a folder or prefix with `plan.json`, `dataset.json` (published last) and, per split, numbered
+tars, each beside a JSON marker that is published only after its tar. Readers go by markers: a tar without
+one does not exist for them.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common import storage
+from common.errors import DataError, NotFoundError
+
+FORMAT_VERSION = 1
+Payload = Literal["video", "frames"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Caption(_Record):
+    """One sentence about one video. `id` is unique in the dataset."""
+
+    id: str
+    text: str
+
+
+class SampleInfo(_Record):
+    """The content of a sample's `KEY.json`.
+
+    `video_id` is the unit of retrieval and unique in its split; `source_id` names the long video it was cut from.
+    """
+
+    video_id: str
+    source_id: str
+    captions: list[Caption]
+    duration_s: float
+    fps: float
+    num_frames: int
+    width: int
+    height: int
+
+
+class SampleIndex(_Record):
+    """Where a sample lies in its tar: `members` maps a suffix ("mp4", "json", "000.jpg") to (offset, size)."""
+
+    key: str
+    video_id: str
+    source_id: str
+    num_captions: int
+    members: dict[str, tuple[int, int]]
+
+
+class Rejected(_Record):
+    """A clip that is not in the shard, and why."""
+
+    video_id: str
+    reason: str
+
+
+class ShardIndex(_Record):
+    """A shard's commit marker, `SPLIT/shard-000000.json`."""
+
+    format: int = FORMAT_VERSION
+    plan_hash: str
+    sha256: str
+    bytes: int
+    samples: list[SampleIndex]
+    rejected: list[Rejected] = []
+
+
+class ShardEntry(_Record):
+    """A shard as `dataset.json` lists it; `name` is relative to the dataset, with its ending .tar."""
+
+    name: str
+    samples: int
+    captions: int
+    bytes: int
+    sha256: str
+
+
+class SplitIndex(_Record):
+    shards: list[ShardEntry]
+
+    @property
+    def samples(self) -> int:
+        return sum(s.samples for s in self.shards)
+
+    @property
+    def captions(self) -> int:
+        return sum(s.captions for s in self.shards)
+
+
+class DatasetIndex(_Record):
+    """`dataset.json`. Its sha256 names the dataset in every run, checkpoint and index made from it."""
+
+    format: int = FORMAT_VERSION
+    payload: Payload
+    plan_hash: str
+    splits: dict[str, SplitIndex]
+    rejected: int
+
+    def split(self, name: str) -> SplitIndex:
+        """Raises DataError naming the splits that exist."""
+        if name not in self.splits:
+            raise DataError(f"the dataset has no split {name!r}; it has {', '.join(sorted(self.splits)) or 'none'}")
+        return self.splits[name]
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}/shard-{number:06d}.tar"
+
+
+def marker_name(name: str) -> str:
+    """`train/shard-000000.tar` → `train/shard-000000.json`."""
+    return name.removesuffix(".tar") + ".json"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+R = TypeVar("R", bound=_Record)
+
+
+def read_dataset(url: str) -> tuple[DatasetIndex, str]:
+    """`dataset.json` below `url` and its sha256. Raises DataError if the build has not finished or it is damaged."""
+    try:
+        data = storage.read(storage.join(url, "dataset.json"))
+    except NotFoundError as error:
+        if "bucket" in str(error):
+            raise
+        raise DataError(
+            f"{url} holds no dataset.json: no dataset, or its build has not finished (run it again to go on)"
+        ) from None
+    return _parse(DatasetIndex, data, storage.join(url, "dataset.json")), hashlib.sha256(data).hexdigest()
+
+
+def read_marker(url: str, name: str) -> ShardIndex:
+    """The marker of the shard `name` of the dataset at `url`. Raises NotFoundError, DataError."""
+    marker = storage.join(url, marker_name(name))
+    return _parse(ShardIndex, storage.read(marker), marker)
+
+
+def fetch_shard(url: str, entry: ShardEntry, path: Path) -> None:
+    """Download a shard's tar to `path`. Raises DataError if its bytes are not those that the index names."""
+    source = storage.join(url, entry.name)
+    found = storage.download(source, path)
+    if found != entry.sha256:
+        path.unlink()
+        raise DataError(
+            f"{source} is damaged: its sha256 is {found[:12]}…, the index says {entry.sha256[:12]}…; build it again"
+        )
+
+
+def read_member(tar: BinaryIO, sample: SampleIndex, suffix: str) -> bytes:
+    """The bytes of one member of a sample, straight from its offset in the open tar."""
+    offset, size = sample.members[suffix]
+    tar.seek(offset)
+    data = tar.read(size)
+    assert len(data) == size, f"{sample.key}.{suffix}: {len(data)} of {size} bytes"
+    return data
+
+
+def read_info(tar: BinaryIO, sample: SampleIndex) -> SampleInfo:
+    return SampleInfo.model_validate_json(read_member(tar, sample, "json"))
+
+
+def _parse(record: type[R], data: bytes, url: str) -> R:
+    try:
+        parsed = record.model_validate_json(data)
+    except ValidationError as error:
+        raise DataError(f"{url} is damaged: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
+    version = getattr(parsed, "format", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise DataError(f"{url} has format {version}, this program reads {FORMAT_VERSION}; build it again")
+    return parsed

@@ -1,0 +1,269 @@
+"""URL → bytes: local paths and s3:// behind one small interface. The only importer of boto3.
+
+Credentials and endpoint come from the standard chain (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, a profile, an
+instance role); none of them is ever an argument here, so none can reach a config, a log or MLflow.
+Whatever is written appears whole or not at all.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from common.errors import AlreadyExistsError, NotFoundError, StorageError
+
+MULTIPART_BYTES = 64 << 20
+CHUNK_BYTES = 1 << 20
+MAX_ATTEMPTS = 5
+
+
+class Entry(NamedTuple):
+    """One file or object: its full URL and its size in bytes."""
+
+    url: str
+    size: int
+
+
+def is_s3(url: str) -> bool:
+    return url.startswith("s3://")
+
+
+def join(url: str, *parts: str) -> str:
+    return "/".join([url.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def absolute(url: str) -> str:
+    """`url` with a local path made absolute, so that it means the same in every process of this machine."""
+    return url if is_s3(url) else str(_path(url))
+
+
+def read(url: str) -> bytes:
+    """All bytes of a file or object. Raises NotFoundError, StorageError."""
+    with open_stream(url) as stream, _told(url, "read"):
+        return stream.read()
+
+
+def read_range(url: str, start: int, length: int) -> bytes:
+    """`length` bytes from offset `start`. Raises StorageError also when fewer are there."""
+    with _told(url, "read"):
+        if is_s3(url):
+            bucket, key = _split(url)
+            span = f"bytes={start}-{start + length - 1}"
+            data: bytes = _client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+        else:
+            with open(_path(url), "rb") as file:
+                file.seek(start)
+                data = file.read(length)
+    if len(data) != length:
+        raise StorageError(f"{url} ends early: asked for {length} bytes at {start}, got {len(data)}")
+    return data
+
+
+@contextlib.contextmanager
+def open_stream(url: str) -> Iterator[IO[bytes]]:
+    """A readable binary stream. Raises NotFoundError, StorageError."""
+    with _told(url, "read"):
+        if is_s3(url):
+            bucket, key = _split(url)
+            stream: Any = _client().get_object(Bucket=bucket, Key=key)["Body"]
+        else:
+            stream = open(_path(url), "rb")
+    with contextlib.closing(stream):
+        yield stream
+
+
+def download(url: str, path: Path) -> str:
+    """Copy a file or object to the local `path`, whole or not at all; returns the sha256 of its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with _temporary(path) as temporary:
+        with open_stream(url) as stream, open(temporary, "wb") as out, _told(url, "download"):
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                out.write(chunk)
+        os.replace(temporary, path)
+    return digest.hexdigest()
+
+
+def publish(path: Path, url: str, if_none_match: bool = False) -> None:
+    """Put the finished local file `path` at `url`, whole or not at all.
+
+    With `if_none_match` an existing object is left alone and AlreadyExistsError is raised: of several
+    writers exactly one wins. On S3 this is one conditional PUT, so the file is at most 5 GB.
+    """
+    with _told(url, "write"):
+        if is_s3(url):
+            _put(path, url, if_none_match)
+            return
+        target = _path(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(target) as temporary:
+            shutil.copyfile(path, temporary)
+            if if_none_match:
+                os.link(temporary, target)  # fails where the target exists; os.replace would not
+            else:
+                os.replace(temporary, target)
+
+
+def publish_bytes(data: bytes, url: str, if_none_match: bool = False) -> None:
+    """`publish` for a small content in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "content"
+        path.write_bytes(data)
+        publish(path, url, if_none_match)
+
+
+def list_files(url: str) -> Iterator[Entry]:
+    """Every file below a folder or prefix, in the order of their names; nothing if it is empty or absent."""
+    if is_s3(url):
+        bucket, key = _split(url.rstrip("/") + "/")
+        with _told(url, "list"):
+            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+                for item in page.get("Contents", []):
+                    yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
+        return
+    root = _path(url)
+    for path in sorted(root.rglob("*")) if root.is_dir() else []:
+        if path.is_file() and not path.name.startswith(".tmp-"):
+            yield Entry(str(path), path.stat().st_size)
+
+
+def exists(url: str) -> bool:
+    """True if there is a file or object at `url`. Raises StorageError if that can't be told."""
+    try:
+        with _told(url, "look up"):
+            if not is_s3(url):
+                return _path(url).is_file()
+            bucket, key = _split(url)
+            _client().head_object(Bucket=bucket, Key=key)
+            return True
+    except NotFoundError as error:
+        if "bucket" in str(error):
+            raise
+        return False
+
+
+def delete(url: str) -> None:
+    """Remove one file or object; nothing happens if it is not there."""
+    with contextlib.suppress(NotFoundError), _told(url, "delete"):
+        if is_s3(url):
+            bucket, key = _split(url)
+            _client().delete_object(Bucket=bucket, Key=key)
+        else:
+            _path(url).unlink()
+
+
+def check_writable(url: str) -> None:
+    """Raise StorageError now if nothing can be written below `url` (missing bucket, wrong key, no space)."""
+    probe = join(url, f".tmp-probe-{os.getpid()}")
+    publish_bytes(b"", probe)
+    delete(probe)
+
+
+def _path(url: str) -> Path:
+    if "://" in url and not url.startswith("file://"):
+        raise StorageError(f"{url}: unknown scheme; use a local path or s3://bucket/key")
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
+def _split(url: str) -> tuple[str, str]:
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError(f"{url} names no bucket: write s3://bucket/key")
+    return bucket, key
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def _client() -> Any:
+    return _client_for(os.getpid(), _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID", ""))
+
+
+@functools.lru_cache(maxsize=4)
+def _client_for(pid: int, endpoint: str, key_id: str) -> Any:
+    """One client per process, endpoint and identity: building one takes ~0.2 s."""
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=32,
+        # Servers other than AWS rarely have a DNS name per bucket.
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
+    return boto3.session.Session().client("s3", config=config, region_name=region)
+
+
+def _put(path: Path, url: str, if_none_match: bool) -> None:
+    bucket, key = _split(url)
+    if if_none_match:
+        with open(path, "rb") as file:
+            _client().put_object(Bucket=bucket, Key=key, Body=file, IfNoneMatch="*")
+        return
+    from boto3.s3.transfer import TransferConfig
+
+    transfer = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4)
+    _client().upload_file(str(path), bucket, key, Config=transfer)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A new name beside `path`; whatever is left under it at the end is removed."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told(url: str, verb: str) -> Iterator[None]:
+    """Turn what boto3 and the file system raise into one sentence with bucket, key and cause."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        raise NotFoundError(f"{url} does not exist") from None
+    except FileExistsError:
+        raise AlreadyExistsError(f"{url} already exists") from None
+    except OSError as error:
+        raise StorageError(f"cannot {verb} {url}: {error.strerror or error}") from None
+    except Exception as error:
+        if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer", "urllib3")):
+            raise
+        raise _s3_error(url, verb, error) from None
+
+
+def _s3_error(url: str, verb: str, error: Exception) -> StorageError:
+    bucket, key = _split(url)
+    inner = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
+    response = getattr(inner, "response", None) or {}
+    code = str(response.get("Error", {}).get("Code", ""))
+    where = f"bucket {bucket!r}, key {key!r}" + (f" at {_endpoint()}" if _endpoint() else "")
+    if code == "NoSuchBucket":
+        return NotFoundError(f"cannot {verb} {url}: bucket {bucket!r} does not exist; create it or correct the URL")
+    if code in ("NoSuchKey", "404"):
+        return NotFoundError(f"{url} does not exist ({where})".replace("bucket", "in", 1))
+    if code in ("PreconditionFailed", "412"):
+        return AlreadyExistsError(f"{url} already exists")
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "ExpiredToken"):
+        return StorageError(
+            f"cannot {verb} {where}: {code}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+        )
+    if type(inner).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        return StorageError(
+            f"cannot {verb} {where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+        )
+    cause = code or str(inner).splitlines()[0]
+    return StorageError(f"cannot {verb} {where}: {cause} (after {MAX_ATTEMPTS} attempts)")

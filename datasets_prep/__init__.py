@@ -1,0 +1,1 @@
+"""Annotations and videos to shards."""

@@ -1,0 +1,1 @@
+"""Checkpoint and shards to ranked videos."""
