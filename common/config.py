@@ -176,7 +176,8 @@ def _explain(schema: type[Settings], error: Any) -> str:
     if error["type"] == "missing":
         return f"{path} is required: give {path}=..."
     if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{path}.name: {error['ctx'].get('tag', 'missing')!r} is not one of {error['ctx'].get('expected_tags', '')}".strip()
+        tag, known = error["ctx"].get("tag", "missing"), error["ctx"].get("expected_tags", "")
+        return f"{path}.name: {tag!r} is not one of {known}".strip()
     reason = error["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     if error["type"] == "value_error":  # a validator of ours: its sentence names keys and values

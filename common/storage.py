@@ -72,7 +72,7 @@ def open_stream(url: str) -> Iterator[IO[bytes]]:
             bucket, key = _split(url)
             stream: Any = _client().get_object(Bucket=bucket, Key=key)["Body"]
         else:
-            stream = open(_path(url), "rb")
+            stream = open(_path(url), "rb")  # noqa: SIM115 (closed below)
     with contextlib.closing(stream):
         yield stream
 
@@ -262,8 +262,7 @@ def _s3_error(url: str, verb: str, error: Exception) -> StorageError:
             f"cannot {verb} {where}: {code}; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
         )
     if type(inner).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-        return StorageError(
-            f"cannot {verb} {where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
-        )
+        way_out = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+        return StorageError(f"cannot {verb} {where}: no credentials; {way_out}")
     cause = code or str(inner).splitlines()[0]
     return StorageError(f"cannot {verb} {where}: {cause} (after {MAX_ATTEMPTS} attempts)")
