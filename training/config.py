@@ -1,0 +1,182 @@
+"""The configuration of a training run. Light on purpose: no torch, ray or open_clip, so that a client can check it."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from common.config import Settings
+
+PRESETS = Path(__file__).parent / "presets"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class CaptionerConfig(Settings):
+    """The caption head: a causal decoder over the frame features, used in training only."""
+
+    layers: PositiveInt = Field(2, description="decoder layers")
+
+
+class TwoTowerConfig(Settings):
+    """What every two-tower method has."""
+
+    backbone: str = Field(description="open_clip model name, a name in training/models/backbones, or a .json path")
+    pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
+    num_frames: PositiveInt = Field(6, description="frames per clip in training")
+    max_tokens: PositiveInt = Field(77, description="longer captions are cut, in tokens with start and end")
+    captioner: CaptionerConfig | None = Field(None, description="caption head, or null for none")
+
+    @property
+    def segments(self) -> int:
+        """Equal time segments a clip is cut into; each gives one frame to every chunk."""
+        return self.num_frames
+
+
+class MeanPoolConfig(TwoTowerConfig):
+    """CLIP with the mean of frame features (CLIP4Clip-meanP): the baseline."""
+
+    name: Literal["mean_pool"] = Field("mean_pool", description="method")
+
+
+class PromptSwitchConfig(TwoTowerConfig):
+    """Prompt Switch (ICCV 2023). Turning off cube, switch, aggregation and captioner gives the paper's ablation rows."""
+
+    name: Literal["prompt_switch"] = Field("prompt_switch", description="method")
+    cube: bool = Field(True, description="add a prompt cube")
+    num_prompts: PositiveInt = Field(6, description="edge of the cube; num_frames is a multiple of it")
+    cube_init_std: PositiveFloat = Field(
+        0.02, description="std of the cube's initial values: paper 0.02, official code 0.02/sqrt(width) = 7e-4"
+    )
+    switch: Literal["attention", "residual", "off"] = Field(
+        "attention",
+        description="exchange frames and prompts in the attention branch (official code), in the residual, or not",
+    )
+    aggregation: bool = Field(True, description="frames attend to all prompts of the clip after the last layer")
+    aggregation_group: Literal["new", "backbone"] = Field(
+        "new", description="learning-rate group of the aggregation; the official code trains it as backbone"
+    )
+
+    @property
+    def segments(self) -> int:
+        return self.num_prompts if self.cube else self.num_frames
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.cube and (self.switch != "off" or self.aggregation):
+            raise ValueError("model.cube=false leaves no prompts: set model.switch=off and model.aggregation=false too")
+        if self.cube and self.num_frames % self.num_prompts:
+            raise ValueError(
+                f"model.num_frames={self.num_frames} is no multiple of model.num_prompts={self.num_prompts}"
+            )
+        return self
+
+
+ModelConfig = Annotated[MeanPoolConfig | PromptSwitchConfig, Field(discriminator="name")]
+
+
+class RunSettings(Settings):
+    """A run's identity: starting the same (name, storage) again resumes it."""
+
+    name: str = Field(description="the run's name, unique in its storage", min_length=1, pattern=r"^[\w.\-]+$")
+    storage: str = Field("runs", description="folder or s3:// URL that holds the run's folder")
+
+
+class DataConfig(Settings):
+    dataset: str = Field(description="URL of a prepared dataset (the folder with dataset.json)")
+    train: list[str] = Field(["train"], description="splits to train on", min_length=1)
+    val: str | None = Field("val", description="split for model selection, or null")
+    test: str | None = Field("test", description="split evaluated once at the end, or null")
+    lanes: PositiveInt = Field(64, description="lanes of the sample order: the most ranks that see the same batches")
+    shuffle_shards: PositiveInt = Field(16, description="samples are shuffled inside blocks of this many shards")
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.5, 1.0), description="area of the random training crop; [1, 1] = the centre square, as in evaluation"
+    )
+    flip: bool = Field(False, description="random horizontal flip (official code: true; wrong where captions say left)")
+    cache: str = Field("~/.cache/text-video-retrieval", description="node-local folder for shards")
+    cache_bytes: PositiveInt = Field(200 * 1024**3, description="size limit of the cache in bytes")
+
+
+class LossConfig(Settings):
+    contrastive: float = Field(1.0, ge=0, description="weight of the contrastive loss")
+    caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
+    frequent_weight: Fraction = Field(
+        0.25, description="weight of frequent words in the caption loss (1 = plain, as the paper's excerpt reads)"
+    )
+
+
+class OptimConfig(Settings):
+    steps: PositiveInt = Field(description="optimiser steps")
+    batch_size: PositiveInt = Field(128, description="videos per step over all ranks")
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate of the backbone")
+    lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of new modules (cube, aggregation, captioner)")
+    weight_decay: float = Field(0.2, ge=0, description="AdamW's decay of matrices; gains and biases are not decayed")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="AdamW's betas")
+    eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon")
+    warmup: Fraction = Field(0.1, description="fraction of the steps with linear warm-up, then cosine to 0")
+    grad_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+
+
+class EvalConfig(Settings):
+    every: PositiveInt = Field(1000, description="steps between evaluations on data.val; also at the end")
+    views: PositiveInt = Field(2, description="clips of num_frames per video, averaged (official: 12 frames as 2 x 6)")
+    batch_size: PositiveInt = Field(32, description="videos per rank and forward pass")
+    select: Literal["r1", "r5", "r10", "rsum", "order"] = Field("r1", description="val metric that selects best/")
+    twins: bool = Field(
+        False, description="also the order score: two videos of one source_id are each other's frame reversal"
+    )
+
+
+class CheckpointConfig(Settings):
+    every: PositiveInt = Field(1000, description="steps between checkpoints; also at the end")
+    keep: int = Field(2, ge=2, description="newest checkpoints kept for resume")
+
+
+class WorkerConfig(Settings):
+    num_workers: PositiveInt | None = Field(None, description="ranks; null = one per GPU, else 2 on CPU")
+    use_gpu: bool | None = Field(None, description="null = if the cluster has GPUs")
+    loader_workers: int = Field(4, ge=0, description="decoding processes per rank")
+    cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs per rank; null = loader_workers + 1")
+    threads: PositiveInt = Field(1, description="torch threads per rank on CPU")
+    bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")
+    max_failures: int = Field(3, ge=-1, description="restarts after a failed worker; -1 = without end")
+    timeout_s: PositiveInt = Field(600, description="seconds until a hung collective is an error")
+    start_timeout_s: PositiveInt = Field(600, description="seconds to wait for the workers' resources")
+
+
+class TrackingConfig(Settings):
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI; a local one is made absolute")
+    experiment: str = Field("text-video-retrieval", description="MLflow experiment")
+    artifacts: str | None = Field(None, description="artifact folder or s3:// URL of a new experiment; null = mlruns/")
+    log_every: PositiveInt = Field(20, description="steps between log lines")
+
+
+class TrainConfig(Settings):
+    """A whole training run."""
+
+    run: RunSettings
+    seed: int = Field(0, ge=0, description="seed of weights, sample order and random frames")
+    data: DataConfig
+    model: ModelConfig
+    losses: LossConfig = LossConfig()
+    optim: OptimConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    workers: WorkerConfig = WorkerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.losses.caption and self.model.captioner is None:
+            raise ValueError(f"losses.caption={self.losses.caption} needs a caption head: set model.captioner.layers=2")
+        if self.model.captioner and not self.losses.caption:
+            raise ValueError("model.captioner without a loss is never trained: set losses.caption=0.5, or it to null")
+        if not self.losses.caption and not self.losses.contrastive:
+            raise ValueError("losses.contrastive=0 and losses.caption=0 leave nothing to train")
+        if self.eval.select == "order" and not self.eval.twins:
+            raise ValueError("eval.select=order needs eval.twins=true")
+        if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
+            raise ValueError(f"data.crop_scale={list(self.data.crop_scale)} is no range: write [low, high], low > 0")
+        if not self.data.test and not self.data.val:
+            raise ValueError("data.val and data.test are both null: nothing could be measured")
+        return self

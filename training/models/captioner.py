@@ -1,0 +1,45 @@
+"""The caption head of Prompt Switch (reference: official code, ICCV 2023): trained beside retrieval, never used in it.
+
+Shapes: B videos, F frames, L tokens, D text width (= joint width), V vocabulary, K counted positions of the batch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from training.models import clip as clip_tower
+from training.models.clip import open_clip
+
+
+class Captioner(nn.Module):
+    """A causal post-norm transformer decoder over word embeddings that attends to the frame features of a clip.
+
+    Embeddings are the text tower's, without gradient, behind a LayerNorm of its own; the head starts as a copy of
+    the token embedding, not tied to it. The memory is the frame features before their normalisation.
+    """
+
+    def __init__(self, clip: open_clip.CLIP, layers: int) -> None:
+        super().__init__()
+        vocabulary, width = clip.token_embedding.weight.shape
+        layer = nn.TransformerDecoderLayer(width, clip_tower.text_heads(clip), 4 * width, dropout=0.0, batch_first=True)
+        self.prenorm = nn.LayerNorm(width)
+        self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
+        self.head = nn.Linear(width, vocabulary)
+        with torch.no_grad():
+            self.head.weight.copy_(clip.token_embedding.weight)
+            self.head.bias.zero_()
+
+    def forward(self, clip: open_clip.CLIP, tokens_BL: Tensor, frames_BFD: Tensor) -> Tensor:
+        """Hidden states B(L-1)D for the input positions 0..L-2; position j predicts token j+1."""
+        inputs_BL = tokens_BL[:, :-1]
+        with torch.no_grad():
+            words_BLD = clip_tower.embed_words(clip, inputs_BL)
+        mask_LL = nn.Transformer.generate_square_subsequent_mask(
+            inputs_BL.shape[1], device=words_BLD.device, dtype=words_BLD.dtype
+        )
+        return self.decoder(self.prenorm(words_BLD), frames_BFD, tgt_mask=mask_LL, tgt_is_causal=True)
+
+
+def counted_positions(tokens_BL: Tensor) -> Tensor:
+    """True where input position j is a word or the start token, so that its target j+1 counts: B(L-1)."""
+    positions = torch.arange(tokens_BL.shape[1] - 1, device=tokens_BL.device)
+    return positions < (clip_tower.lengths(tokens_BL) - 1)[:, None]

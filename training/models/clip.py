@@ -1,0 +1,215 @@
+"""The only file that touches open_clip's internals: what the methods need from a CLIP with a ViT image tower.
+
+Shapes: N images, C channels, H height, W width, L tokens, D width, T texts, E joint width.
+"""
+
+import functools
+import gzip
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import storage
+from common.errors import ConfigError
+
+log = logging.getLogger(__name__)
+BACKBONES = Path(__file__).parent / "backbones"
+FULL_VOCABULARY = 49408
+_torchvision_ops: torch.library.Library | None = None
+
+
+def _declare_torchvision_ops() -> None:
+    """Let a torchvision built for CUDA import beside a CPU torch.
+
+    PyPI's torchvision has no CPU build; its import annotates two operators that only its CUDA library would
+    register. Declaring their schemas is enough: what needs the compiled code still says that it is missing.
+    """
+    global _torchvision_ops
+    spec = importlib.util.find_spec("torchvision")
+    if torch.version.cuda or torch.version.hip or spec is None or not spec.origin or _torchvision_ops is not None:
+        return
+    for library in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:
+            continue
+    _torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        _torchvision_ops.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_declare_torchvision_ops()
+import open_clip  # noqa: E402 (torchvision, which it imports, needs the declaration above)
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # noqa: E402
+
+
+def build_clip(backbone: str, pretrained: str | None) -> open_clip.CLIP:
+    """A CLIP by open_clip name, by a name in `backbones/`, or by the path of a model config.
+
+    Args:
+        pretrained: open_clip tag, local path or s3:// URL; None gives random weights.
+
+    Raises:
+        ConfigError: the name is unknown, the weights don't fit, or the towers are not of a supported kind.
+    """
+    name = _register(backbone)
+    weights = _local_weights(pretrained, name)
+    try:
+        model = open_clip.create_model(name, pretrained=weights)
+    except (RuntimeError, FileNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.pretrained={pretrained} cannot be loaded into {backbone}: {reason}") from None
+    if not isinstance(model, open_clip.CLIP):
+        raise ConfigError(f"model.backbone={backbone}: only CLIP's own text tower is supported, not a custom one")
+    visual = model.visual
+    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
+        raise ConfigError(f"model.backbone={backbone}: only a ViT image tower that reads out its CLS token is supported")
+    if not all(isinstance(block, ResidualAttentionBlock) for block in visual.transformer.resblocks):
+        raise ConfigError(f"model.backbone={backbone}: its blocks are not plain pre-norm attention blocks")
+    model.logit_scale.data.clamp_(max=4.6052)
+    return model
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
+    """A function from sentences to int64 ids TL, padded with zeros to the longest of them.
+
+    Start and end tokens are included; a longer sentence is cut to `max_tokens`, its end token kept.
+    """
+    name = _register(backbone)
+    config = open_clip.get_model_config(name)
+    assert config is not None
+    context = min(max_tokens, config["text_cfg"].get("context_length", 77))
+    with tempfile.TemporaryDirectory() as folder:
+        size = config["text_cfg"].get("vocab_size", FULL_VOCABULARY)
+        smaller = {"bpe_path": _first_merges(Path(folder), size)} if size < FULL_VOCABULARY else {}
+        encode = open_clip.get_tokenizer(name, context_length=context, **smaller)
+
+    def tokenize(texts: list[str]) -> Tensor:
+        tokens_TL = encode(texts)
+        return tokens_TL[:, : int(lengths(tokens_TL).max())]
+
+    return tokenize
+
+
+def lengths(tokens_TL: Tensor) -> Tensor:
+    """Ids up to and including the end token, T. The end token is the largest id of CLIP's vocabulary."""
+    return tokens_TL.argmax(dim=-1) + 1
+
+
+def normalize_pixels(visual: VisionTransformer, frames: Tensor) -> Tensor:
+    """uint8 (or already normalised float) ...CHW → float, with the tower's mean and standard deviation."""
+    if frames.is_floating_point():
+        return frames
+    dtype = visual.conv1.weight.dtype
+    mean = torch.tensor(getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN, dtype=dtype)
+    std = torch.tensor(getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD, dtype=dtype)
+    scale, shift = 1 / (255 * std), mean / std
+    device = frames.device
+    return frames.to(dtype) * scale.to(device)[:, None, None] - shift.to(device)[:, None, None]
+
+
+def image_size(clip: open_clip.CLIP) -> int:
+    return int(clip.visual.image_size[0])
+
+
+def image_size_of(backbone: str) -> int:
+    """Pixels of a frame's side, without building the model."""
+    config = open_clip.get_model_config(_register(backbone))
+    assert config is not None
+    return int(config["vision_cfg"]["image_size"])
+
+
+def image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> Tensor:
+    """[CLS, patches] with positions, after the pre-LayerNorm: NLD."""
+    return visual._embeds(pixels_NCHW)
+
+
+def run_block(block: ResidualAttentionBlock, x_NLD: Tensor, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """One pre-norm block; `mix` changes what the attention reads, after the first LayerNorm, and nothing else."""
+    y_NLD = block.ln_1(x_NLD)
+    x_NLD = x_NLD + block.ls_1(block.attention(y_NLD if mix is None else mix(y_NLD)))
+    return x_NLD + block.ls_2(block.mlp(block.ln_2(x_NLD)))
+
+
+def project_cls(visual: VisionTransformer, cls: Tensor) -> Tensor:
+    """The tower's last LayerNorm and projection: ...D → ...E."""
+    return visual.ln_post(cls) @ visual.proj
+
+
+def embed_words(clip: open_clip.CLIP, tokens_TL: Tensor) -> Tensor:
+    """Token plus position embeddings, TLD."""
+    return clip.token_embedding(tokens_TL) + clip.positional_embedding[: tokens_TL.shape[1]]
+
+
+def encode_text(clip: open_clip.CLIP, tokens_TL: Tensor) -> tuple[Tensor, Tensor]:
+    """Sentence vectors TE (not normalised) and word features TLE. L may be shorter than the context.
+
+    Equal to open_clip's `encode_text` on padded ids, because the attention is causal and reads out the end token.
+    """
+    length = tokens_TL.shape[1]
+    x_TLD = clip.transformer(embed_words(clip, tokens_TL), attn_mask=clip.attn_mask[:length, :length])
+    words_TLE = clip.ln_final(x_TLD) @ clip.text_projection
+    rows = torch.arange(len(tokens_TL), device=tokens_TL.device)
+    return words_TLE[rows, lengths(tokens_TL) - 1], words_TLE
+
+
+def vision_heads(visual: VisionTransformer) -> int:
+    return int(visual.transformer.resblocks[0].attn.num_heads)
+
+
+def text_heads(clip: open_clip.CLIP) -> int:
+    return int(clip.transformer.resblocks[0].attn.num_heads)
+
+
+def clip_from_config(config: dict[str, object]) -> nn.Module:
+    """A CLIP from open_clip's own configuration keys (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`)."""
+    return open_clip.CLIP(**config)
+
+
+def _register(backbone: str) -> str:
+    """Make a model config file known to open_clip; returns the model's name."""
+    path = Path(backbone) if backbone.endswith(".json") else BACKBONES / f"{backbone}.json"
+    if path.is_file():
+        open_clip.add_model_config(path)
+        return path.stem
+    if open_clip.get_model_config(backbone) is None:
+        own = ", ".join(sorted(p.stem for p in BACKBONES.glob("*.json")))
+        raise ConfigError(f"model.backbone={backbone} is unknown: give an open_clip name (ViT-B-32, ...), {own}, or a .json path")
+    return backbone
+
+
+def _first_merges(folder: Path, vocabulary: int) -> str:
+    """CLIP's byte-pair merges cut to the first ones: a tokenizer of `vocabulary` ids for small models.
+
+    The ids are 512 bytes, the merges, start and end. Merges are ordered by frequency, so any prefix is a tokenizer.
+    """
+    with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[: 1 + vocabulary - 512 - 2]
+    path = folder / "merges.txt.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines))
+    return str(path)
+
+
+def _local_weights(pretrained: str | None, name: str) -> str | None:
+    """A tag as it is; a path or URL as a local file."""
+    if pretrained is None:
+        return None
+    if storage.is_s3(pretrained):
+        path = Path(tempfile.mkdtemp()) / Path(pretrained).name
+        storage.download(pretrained, path)
+        return str(path)
+    if pretrained in open_clip.list_pretrained_tags_by_model(name):
+        return pretrained
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return str(path.absolute())
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:5]) or "none"
+    raise ConfigError(f"model.pretrained={pretrained} is neither a file nor a tag of {name} (its tags: {tags})")
