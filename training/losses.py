@@ -16,7 +16,10 @@ from training.config import LossConfig
 from training.models.two_tower import Outputs
 
 # The official code's list, with the start and end tokens added by `token_weights`.
-FREQUENT_WORDS = "in on of to about this that a an the and there here is are . ,".split()
+FREQUENT_WORDS = (
+    *("in", "on", "of", "to", "about", "this", "that", "a", "an", "the"),
+    *("and", "there", "here", "is", "are", ".", ","),
+)
 
 
 def compute(outputs: Outputs, config: LossConfig, token_weights_V: Tensor | None) -> dict[str, Tensor]:
@@ -56,4 +59,3 @@ def token_weights(vocabulary: int, frequent_ids: list[int], weight: float) -> Te
     weights_V = torch.ones(vocabulary)
     weights_V[frequent_ids] = weight
     return weights_V
-

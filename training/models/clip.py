@@ -8,7 +8,7 @@ import gzip
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,7 +69,9 @@ def build_clip(backbone: str, pretrained: str | None) -> open_clip.CLIP:
         raise ConfigError(f"model.backbone={backbone}: only CLIP's own text tower is supported, not a custom one")
     visual = model.visual
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
-        raise ConfigError(f"model.backbone={backbone}: only a ViT image tower that reads out its CLS token is supported")
+        raise ConfigError(
+            f"model.backbone={backbone}: only a ViT image tower that reads out its CLS token is supported"
+        )
     if not all(isinstance(block, ResidualAttentionBlock) for block in visual.transformer.resblocks):
         raise ConfigError(f"model.backbone={backbone}: its blocks are not plain pre-norm attention blocks")
     model.logit_scale.data.clamp_(max=4.6052)
@@ -96,6 +98,13 @@ def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
         return tokens_TL[:, : int(lengths(tokens_TL).max())]
 
     return tokenize
+
+
+def frequent_ids(backbone: str, words: Sequence[str]) -> list[int]:
+    """Ids of the words that are one token, and of the start and end tokens."""
+    tokens_TL = tokenizer(backbone, 8)(list(words))
+    single = tokens_TL[lengths(tokens_TL) == 3]
+    return sorted(set(single[:, :3].flatten().tolist()))
 
 
 def lengths(tokens_TL: Tensor) -> Tensor:
@@ -181,7 +190,9 @@ def _register(backbone: str) -> str:
         return path.stem
     if open_clip.get_model_config(backbone) is None:
         own = ", ".join(sorted(p.stem for p in BACKBONES.glob("*.json")))
-        raise ConfigError(f"model.backbone={backbone} is unknown: give an open_clip name (ViT-B-32, ...), {own}, or a .json path")
+        raise ConfigError(
+            f"model.backbone={backbone} is unknown: give an open_clip name (ViT-B-32, ...), {own}, or a .json path"
+        )
     return backbone
 
 

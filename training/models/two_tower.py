@@ -32,7 +32,7 @@ class TextOut(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """One forward pass over (video, caption) pairs. `caption_logits_KV` and `caption_targets_K` without a head: None."""
+    """One forward pass over (video, caption) pairs; the caption fields are None for a model without a head."""
 
     text: TextOut
     video: VideoOut

@@ -1,0 +1,1 @@
+"""From shards to batches: sample order (plan), node-local shards (cache), frames (decode), batches (loader)."""

@@ -1,0 +1,180 @@
+"""The training loop: what every rank does, from seed to test metrics. One page, read top to bottom.
+
+Decisions depend on the step number only, so every rank makes the same ones.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from common import logs, shards
+from common.errors import RunError
+from training import checkpoint, losses, models, optim
+from training.collectives import sum_over_ranks
+from training.config import TrainConfig
+from training.data.loader import EvalBatch, eval_loader, open_cache, train_loader
+from training.evaluate import evaluate
+from training.models.clip import frequent_ids
+
+log = logging.getLogger(__name__)
+MAX_LOGIT_SCALE = 100.0
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, float]:
+    """Train, select on validation, and return the test metrics of the best weights.
+
+    Args:
+        settings: {"config": TrainConfig as plain data, "metric_log": handle of tracking.MetricLog or None}.
+    """
+    config = TrainConfig.model_validate(settings["config"])
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    logs.setup(rank)
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(config.workers.threads)
+    torch.manual_seed(config.seed)
+    run = checkpoint.run_url(config)
+
+    model = models.build(config.model).to(device)
+    ddp = DistributedDataParallel(model, find_unused_parameters=not config.losses.contrastive)
+    optimizer = optim.build(model, config.optim)
+    tokenize = models.tokenize(config.model)
+    weights_V = token_weights(config, model).to(device)
+    position = checkpoint.restore(model, optimizer)
+
+    dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
+    cache = open_cache(config, dataset_sha256)
+    loader = train_loader(config, dataset, cache, position.step, rank, world_size)
+    val = eval_loader(config, dataset, cache, config.data.val, rank, world_size) if config.data.val else None
+    meter = Meter(config, rank, position.step, settings["metric_log"])
+
+    for step, batch in enumerate(meter.timed(loader), start=position.step):
+        optim.set_lr(optimizer, config.optim, step)
+        frames, tokens = batch.frames_BFCHW.to(device, non_blocking=True), batch.tokens_BL.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device)):
+            parts = losses.compute(ddp(frames, tokens), config.losses, weights_V)
+        optimizer.zero_grad()
+        # The parts add up over ranks, and DDP takes the mean of the gradients.
+        (torch.stack(list(parts.values())).sum() * world_size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+        optimizer.step()
+        model.clip.logit_scale.data.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log().item())
+        done = step + 1
+        last = done == config.optim.steps
+
+        if done % config.tracking.log_every == 0 or last:
+            meter.log(done, parts, model.clip.logit_scale.exp())
+        scores: dict[str, float] = {}
+        if val is not None and (done % config.eval.every == 0 or last):
+            scores = evaluate(model, meter.paused(val), tokenize, config.eval, device)
+            meter.log_scores("val", done, scores)
+            if position.best is None or scores[config.eval.select] > position.best:
+                position = position._replace(best=scores[config.eval.select])
+                if rank == 0:
+                    checkpoint.save_best(run, model, done, scores)
+        position = position._replace(step=done)
+        if done % config.checkpoint.every == 0 or last:
+            checkpoint.report(model, optimizer, position, {"step": done, **scores})
+        elif scores:
+            ray.train.report({"step": done, **scores})
+
+    if rank == 0 and val is None:
+        checkpoint.save_best(run, model, position.step, {})
+    return test_metrics(config, model, run, device, settings["metric_log"])
+
+
+def test_metrics(config: TrainConfig, model: models.TwoTower, run: str, device: torch.device, metric_log: Any) -> dict:
+    """Metrics of the best weights on the test split, measured once; on the validation split if there is no test."""
+    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    sum_over_ranks(torch.zeros(1, device=device))  # rank 0 has published best/ before anybody reads it
+    header = checkpoint.load_best(run, model)
+    split = config.data.test or config.data.val
+    assert split is not None
+    dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
+    batches = eval_loader(config, dataset, open_cache(config, dataset_sha256), split, rank, world_size)
+    scores = evaluate(model, batches, models.tokenize(config.model), config.eval, device)
+    if rank == 0:
+        log.info("%s: %s", split, show(scores))
+        if metric_log is not None:
+            metric_log.log.remote({f"test/{k}": v for k, v in scores.items()}, header["step"])
+    return {**scores, "best_step": header["step"]}
+
+
+def use_bf16(config: TrainConfig, device: torch.device) -> bool:
+    return config.workers.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def token_weights(config: TrainConfig, model: models.TwoTower) -> Tensor:
+    """Class weights of the caption loss, V."""
+    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS)
+    return losses.token_weights(model.clip.vocab_size, frequent, config.losses.frequent_weight)
+
+
+def show(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if not name.startswith("v2t_"))
+
+
+class Meter:
+    """Throughput, share of time waiting for data, time left, and the metric log of rank 0."""
+
+    def __init__(self, config: TrainConfig, rank: int, start_step: int, metric_log: Any) -> None:
+        self.config, self.rank, self.metric_log = config, rank, metric_log
+        self.last_step, self.last_time, self.waited = start_step, time.monotonic(), 0.0
+
+    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches; the time until each arrives counts as waiting."""
+        iterator = iter(batches)
+        while True:
+            start = time.monotonic()
+            batch = next(iterator, None)
+            self.waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def paused(self, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
+        """The batches of an evaluation; its time counts neither as work nor as waiting."""
+        start = time.monotonic()
+        yield from batches
+        self.last_time += time.monotonic() - start
+
+    def log(self, step: int, parts: dict[str, Tensor], logit_scale: Tensor) -> None:
+        """One line on rank 0: global losses, samples/s, waiting, ETA. A collective. Raises RunError on a NaN loss."""
+        names, values = list(parts), sum_over_ranks(torch.stack(list(parts.values()))).tolist()
+        total = sum(values)
+        if not total < float("inf"):
+            raise RunError(
+                f"the loss is {total} at step {step} ({dict(zip(names, values, strict=True))}): lower optim.lr"
+            )
+        elapsed = max(time.monotonic() - self.last_time, 1e-9)
+        rate = (step - self.last_step) / elapsed
+        wait = min(self.waited / elapsed, 1.0)
+        samples = rate * self.config.optim.batch_size
+        self.last_step, self.last_time, self.waited = step, time.monotonic(), 0.0
+        if self.rank != 0:
+            return
+        steps = self.config.optim.steps
+        terms = "  ".join(f"{n} {v:.4f}" for n, v in zip(names, values, strict=True))
+        left = logs.duration((steps - step) / rate)
+        log.info(
+            "step %d/%d  loss %.4f  %s  %.0f samples/s  data wait %.0f%%  %s left",
+            *(step, steps, total, terms, samples, 100 * wait, left),
+        )
+        if self.metric_log is not None:
+            metrics = {f"train/{n}": v for n, v in zip(names, values, strict=True)}
+            metrics |= {"train/loss": total, "train/samples_per_s": samples, "train/data_wait": wait}
+            metrics["train/logit_scale"] = float(logit_scale)
+            self.metric_log.log.remote(metrics, step)
+
+    def log_scores(self, split: str, step: int, scores: dict[str, float]) -> None:
+        if self.rank == 0:
+            log.info("step %d  %s: %s", step, split, show(scores))
+            if self.metric_log is not None:
+                self.metric_log.log.remote({f"{split}/{k}": v for k, v in scores.items()}, step)

@@ -1,0 +1,153 @@
+"""MLflow: one run per training run, across restarts, written by one small actor that the driver owns.
+
+Workers never talk to MLflow. An outage is a warning: metrics wait in the actor, and training goes on.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from common import config as configs
+from common import storage
+from common.errors import NotFoundError
+from common.logs import RateLimited
+from training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+RECORD = "mlflow_run.json"
+MAX_WAITING = 100_000
+
+
+def absolute_uri(uri: str) -> str:
+    """A local sqlite file or folder made absolute; a server's address as it is."""
+    if uri.startswith("sqlite:///"):
+        return "sqlite:///" + str(Path(uri.removeprefix("sqlite:///")).expanduser().absolute())
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def is_local(uri: str) -> bool:
+    return uri.startswith(("sqlite:", "file:")) or "://" not in uri
+
+
+def find_or_create(config: TrainConfig, run: str, dataset_sha256: str, parent: str | None) -> str | None:
+    """The id of the MLflow run that belongs to the run folder, created at its first start. None in an outage."""
+    uri = absolute_uri(config.tracking.uri)
+    try:
+        record = json.loads(storage.read(storage.join(run, RECORD)))
+        if record["uri"] == uri:
+            return str(record["run_id"])
+        log.warning("this run was tracked at %s before; it goes on at %s", record["uri"], uri)
+    except NotFoundError:
+        pass
+    try:
+        run_id = _create(config, uri, run, dataset_sha256, parent)
+    except Exception as error:  # MLflow raises whatever its store, HTTP client or database raises
+        log.warning("MLflow at %s can't be reached, this run is not tracked: %s", uri, str(error).splitlines()[0])
+        return None
+    storage.publish_bytes(json.dumps({"uri": uri, "run_id": run_id}).encode(), storage.join(run, RECORD))
+    return run_id
+
+
+def _create(config: TrainConfig, uri: str, run: str, dataset_sha256: str, parent: str | None) -> str:
+    client = _client(uri)
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        experiment_id = experiment.experiment_id
+    else:
+        artifacts = config.tracking.artifacts
+        if artifacts is None and is_local(uri):
+            artifacts = str(Path(uri.removeprefix("sqlite:///")).parent / "mlruns")
+        experiment_id = client.create_experiment(name, artifact_location=artifacts and storage.absolute(artifacts))
+    tags = {"run": run, "dataset": config.data.dataset, "dataset_sha256": dataset_sha256}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    run_id = client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id
+    for key, value in _flat(config.model_dump(mode="json")).items():
+        client.log_param(run_id, key, value)
+    client.log_text(run_id, configs.dump(config), "config.yaml")
+    return str(run_id)
+
+
+def finish(config: TrainConfig, run_id: str, tags: dict[str, str], failed: bool = False) -> None:
+    """Set final tags (the checkpoint's URL) and the run's status. An outage is a warning."""
+    try:
+        client = _client(absolute_uri(config.tracking.uri))
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+    except Exception as error:
+        log.warning("MLflow was not told that the run ended: %s", str(error).splitlines()[0])
+
+
+def log_artifact(run: str, path: Path) -> None:
+    """Attach a local file to the MLflow run of a run folder."""
+    record = json.loads(storage.read(storage.join(run, RECORD)))
+    _client(record["uri"]).log_artifact(record["run_id"], str(path))
+
+
+@ray.remote(num_cpus=0)
+class MetricLog:
+    """Logs metrics by run id. A step that a restarted worker repeats is dropped, by name and step."""
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        # The default of seven retries with backoff would hold every later step back for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self.client, self.run_id = _client(uri), run_id
+        self.last_step: dict[str, int] = {}
+        self.waiting: list[tuple[str, float, int, int]] = []
+        self.warn = RateLimited(logging.getLogger(__name__))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self.waiting += [(name, value, now, step) for name, value in metrics.items()]
+        self.waiting = self.waiting[-MAX_WAITING:]
+        self.flush()
+
+    def flush(self) -> int:
+        """Send what waits; returns how many values still wait."""
+        from mlflow.entities import Metric
+
+        try:
+            new = [row for row in self.waiting if row[3] > self._last(row[0])]
+            for start in range(0, len(new), 1000):  # MLflow's limit per call
+                rows = [Metric(*row) for row in new[start : start + 1000]]
+                self.client.log_batch(self.run_id, metrics=rows)
+            for name, _, _, step in new:
+                self.last_step[name] = max(step, self.last_step[name])
+            self.waiting = []
+        except Exception as error:
+            self.warn.warning(f"MLflow is out, {len(self.waiting)} values wait: {str(error).splitlines()[0]}")
+        return len(self.waiting)
+
+    def _last(self, name: str) -> int:
+        """The last step logged under a name, also by an earlier start of this run."""
+        if name not in self.last_step:
+            history = self.client.get_metric_history(self.run_id, name)
+            self.last_step[name] = max((metric.step for metric in history), default=-1)
+        return self.last_step[name]
+
+
+def _client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys; MLflow's limit is 6,000 characters a value."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = (value if isinstance(value, str) else json.dumps(value))[:6000]
+    return flat

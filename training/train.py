@@ -1,0 +1,209 @@
+"""Train a retrieval model on a prepared dataset, on all workers of a Ray cluster.
+
+The run's folder STORAGE/NAME gets config.yaml (a preset: pointing at it repeats the run), checkpoints, best/ and
+result.json. Starting the same (run.name, run.storage) again resumes it; a finished one prints its result.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from common import config as configs
+from common import logs, shards, storage
+from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
+from training import tracking
+from training.checkpoint import best_url, run_url
+from training.config import PRESETS, TrainConfig
+from training.data.loader import sample_order
+from training.loop import train_loop
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: str | None = None) -> dict[str, float]:
+    """Start or resume a run; returns its test metrics. Command line and Ray Tune both call this.
+
+    Args:
+        callbacks: Ray Train's, for Tune to see the reports.
+        parent: id of the MLflow run that this one is a child of.
+
+    Raises:
+        ConfigError, DataError, StorageError, RunError: as one sentence.
+    """
+    require_absolute(config)
+    run = run_url(config)
+    dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
+    for split in (*config.data.train, config.data.val, config.data.test):
+        if split is not None:
+            dataset.split(split)
+    sample_order(config, dataset)
+    storage.check_writable(run)
+    with only_driver(run):
+        check_identity(config, run, dataset_sha256)
+        finished = read_result(run)
+        if finished is not None:
+            log.info("run %s is finished; this is its result", run)
+            return finished
+        storage.publish_bytes(configs.dump(config).encode(), storage.join(run, "config.yaml"))
+        return _fit(config, run, dataset_sha256, callbacks, parent)
+
+
+def _fit(
+    config: TrainConfig, run: str, dataset_sha256: str, callbacks: Sequence[UserCallback], parent: str | None
+) -> dict[str, float]:
+    run_id = tracking.find_or_create(config, run, dataset_sha256, parent)
+    metric_log = None
+    if run_id is not None:
+        metric_log = tracking.MetricLog.remote(  # type: ignore[attr-defined]
+            tracking.absolute_uri(config.tracking.uri), run_id
+        )
+    # Ray reads this in the driver; its default of 60 s is too short for a cluster that has to grow first.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
+    trainer = TorchTrainer(
+        train_loop,  # type: ignore[arg-type]
+        train_loop_config={"config": config.model_dump(mode="json"), "metric_log": metric_log},
+        scaling_config=scaling(config),
+        torch_config=TorchConfig(timeout_s=config.workers.timeout_s),
+        run_config=RunConfig(
+            name=config.run.name,
+            storage_path=storage.absolute(config.run.storage),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            failure_config=FailureConfig(max_failures=config.workers.max_failures),
+            callbacks=list(callbacks),  # type: ignore[arg-type]
+        ),
+    )
+    try:
+        result: dict[str, float] = trainer.fit().return_value  # type: ignore[attr-defined]
+    except Exception as error:
+        if run_id is not None:
+            tracking.finish(config, run_id, {}, failed=True)
+        raise (told(error) or error) from None
+    storage.publish_bytes(json.dumps(result, indent=2).encode(), storage.join(run, "result.json"))
+    if metric_log is not None and run_id is not None:
+        waiting = ray.get(metric_log.flush.remote())
+        if waiting:
+            log.warning("%d metric values never reached MLflow", waiting)
+        tracking.finish(config, run_id, {"best_checkpoint": best_url(run)})
+    return result
+
+
+def scaling(config: TrainConfig) -> ScalingConfig:
+    """Ranks and what each asks for: one per GPU, else two on CPU; CPUs explicitly, for the decoding processes."""
+    workers = config.workers
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
+    num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1
+    cpus = workers.cpus_per_worker or workers.loader_workers + 1
+    resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
+    for name, needed in resources.items():
+        there = ray.cluster_resources().get(name, 0)
+        if num_workers * needed > there and not _can_grow():
+            raise ConfigError(
+                f"workers.num_workers={num_workers} with {needed:g} {name} each need {num_workers * needed:g} {name}, "
+                f"the cluster has {there:g}: lower workers.num_workers or workers.cpus_per_worker"
+            )
+    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+def _can_grow() -> bool:
+    """An autoscaler may bring the missing resources; Ray itself then waits `workers.start_timeout_s` for them."""
+    return bool(os.environ.get("RAY_CLUSTER_AUTOSCALES"))
+
+
+def require_absolute(config: TrainConfig) -> None:
+    """A job runs in a copy of the code that is deleted with the session: a relative path would be lost with it."""
+    if "_ray_pkg_" not in str(Path.cwd()):  # how Ray names the unpacked working_dir
+        return
+    paths = {
+        "run.storage": config.run.storage,
+        "data.dataset": config.data.dataset,
+        "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
+    }
+    for key, value in paths.items():
+        if "://" not in value and not Path(value).expanduser().is_absolute():
+            raise ConfigError(
+                f"{key}={value} is relative, but a submitted job runs in a temporary folder: give a full path or a URL"
+            )
+
+
+def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:
+    """Refuse to resume a run whose model, data, losses, optimiser or seed differ from the ones it began with."""
+    url = storage.join(run, "identity.json")
+    values = config.model_dump(mode="json")
+    mine = {key: values[key] for key in ("model", "losses", "optim", "seed")}
+    mine["data"] = {"sha256": dataset_sha256, **{k: v for k, v in values["data"].items() if k in ORDER_KEYS}}
+    try:
+        theirs = json.loads(storage.read(url))
+    except NotFoundError:
+        storage.publish_bytes(json.dumps(mine, indent=2).encode(), url)
+        return
+    differing = list(_differences(mine, theirs, ""))
+    if differing:
+        raise RunError(
+            f"run {run} began with another configuration ({'; '.join(differing)}): "
+            "choose another run.name, or the old values"
+        )
+
+
+ORDER_KEYS = ("train", "lanes", "shuffle_shards", "crop_scale", "flip")
+
+
+def _differences(mine: Any, theirs: Any, key: str) -> Iterator[str]:
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for name in sorted({*mine, *theirs}):
+            yield from _differences(mine.get(name), theirs.get(name), f"{key}.{name}" if key else name)
+    elif mine != theirs:
+        yield f"{key} was {json.dumps(theirs)}, is {json.dumps(mine)}"
+
+
+def read_result(run: str) -> dict[str, float] | None:
+    """The test metrics of a finished run, or None."""
+    try:
+        result: dict[str, float] = json.loads(storage.read(storage.join(run, "result.json")))
+    except NotFoundError:
+        return None
+    return result
+
+
+@ray.remote(num_cpus=0)
+class _DriverMark:
+    """A named actor that lives as long as its driver: the cluster's own lock on a run."""
+
+
+@contextmanager
+def only_driver(run: str) -> Iterator[None]:
+    """Refuse a second live driver on the same run."""
+    name = "driver-" + hashlib.sha256(run.encode()).hexdigest()[:16]
+    try:
+        mark = _DriverMark.options(name=name, namespace="runs").remote()  # type: ignore[attr-defined]
+    except ValueError:
+        raise RunError(
+            f"run {run} is being trained by another driver right now: wait for it, or choose a run.name"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.kill(mark)
+
+
+def main() -> int:
+    config = configs.from_command_line(TrainConfig, PRESETS, "training.train")
+    logs.setup()
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    result = train(config)
+    print(json.dumps({"run": run_url(config), **result}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
