@@ -1,0 +1,117 @@
+"""A tiny prepared dataset and a random-weight run, made without datasets_prep and training."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from common import config, shards, storage
+from common.shards import Caption, DatasetIndex, SampleIndex, SampleInfo, ShardEntry, ShardIndex, SplitIndex
+from retrieval.config import EmbedConfig
+from training import checkpoint, models
+from training.config import TrainConfig
+
+SHARD_SIZES = (3, 2, 3)
+SIDE, NUM_FRAMES = 64, 12
+
+
+def write_video(path: Path, seed: int) -> None:
+    """A bright square on noise that moves to the right; colour and height depend on the seed."""
+    random = np.random.default_rng(seed)
+    frames = np.repeat(random.integers(0, 90, (1, 8, 8, 3), np.uint8), NUM_FRAMES, 0).repeat(8, 1).repeat(8, 2)
+    colour, top = random.integers(120, 255, 3), int(random.integers(0, SIDE - 20))
+    for number, frame in enumerate(frames):
+        frame[top : top + 20, 4 * number : 4 * number + 20] = colour
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{SIDE}x{SIDE}", "-r", "12", "-i", "-", "-c:v", "libx264", "-pix_fmt", "yuv420p", str(path)]
+    subprocess.run(command, input=frames.tobytes(), check=True)
+
+
+def write_dataset(root: Path, sizes: tuple[int, ...] = SHARD_SIZES, first_seed: int = 0) -> Path:
+    """A dataset with the one split "test"."""
+    entries, video = [], first_seed
+    for number, size in enumerate(sizes):
+        name = shards.shard_name("test", number)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        infos = [_info(seed) for seed in range(video, video + size)]
+        with webdataset.TarWriter(str(root / name), mtime=0) as tar:
+            for seed, info in enumerate(infos, video):
+                write_video(root / "video.mp4", seed)
+                mp4 = (root / "video.mp4").read_bytes()
+                tar.write({"__key__": info.video_id, "mp4": mp4, "json": info.model_dump_json().encode()})
+        video += size
+        entries.append(_marker(root, name, infos))
+    index = DatasetIndex(payload="video", plan_hash="x", splits={"test": SplitIndex(shards=entries)}, rejected=0)
+    (root / "dataset.json").write_text(index.model_dump_json())
+    return root
+
+
+def _info(seed: int) -> SampleInfo:
+    captions = [Caption(id=f"c{seed}-{n}", text=f"square {seed} moves, <said> {n} times") for n in range(1 + seed % 3)]
+    name = f"video{seed:03d}"
+    return SampleInfo(
+        video_id=name, source_id=name, captions=captions, duration_s=1, fps=12, num_frames=12, width=SIDE, height=SIDE
+    )
+
+
+def _marker(root: Path, name: str, infos: list[SampleInfo]) -> ShardEntry:
+    import tarfile
+
+    with tarfile.open(root / name) as tar:
+        members = {m.name: (m.offset_data, m.size) for m in tar}
+    samples = [
+        SampleIndex(
+            key=i.video_id,
+            video_id=i.video_id,
+            source_id=i.source_id,
+            num_captions=len(i.captions),
+            members={suffix: members[f"{i.video_id}.{suffix}"] for suffix in ("mp4", "json")},
+        )
+        for i in infos
+    ]
+    size, sha256 = (root / name).stat().st_size, shards.sha256_of(root / name)
+    index = ShardIndex(plan_hash="x", sha256=sha256, bytes=size, samples=samples)
+    (root / shards.marker_name(name)).write_text(index.model_dump_json())
+    captions = sum(len(i.captions) for i in infos)
+    return ShardEntry(name=name, samples=len(infos), captions=captions, bytes=size, sha256=sha256)
+
+
+def write_run(root: Path, name: str, dataset: Path, seed: int = 0) -> str:
+    """A run of random weights, as a training run leaves it."""
+    settings = config.validate(
+        TrainConfig,
+        {
+            "run": {"name": name, "storage": str(root)},
+            "data": {"dataset": str(dataset)},
+            "model": {"name": "prompt_switch", "backbone": "tiny", "num_frames": 2, "num_prompts": 2},
+            "optim": {"steps": 1},
+        },
+    )
+    torch.manual_seed(seed)
+    url = checkpoint.run_url(settings)
+    storage.publish_bytes(config.dump(settings).encode(), storage.join(url, "config.yaml"))
+    checkpoint.save_best(url, models.build(settings.model), 1, {"r1": 0.5})
+    return url
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> str:
+    return write_run(tmp_path_factory.mktemp("runs"), "random", dataset)
+
+
+@pytest.fixture
+def embed_config(run: str, tmp_path: Path) -> Iterator[EmbedConfig]:
+    yield EmbedConfig(
+        run=run, output=str(tmp_path / "vectors"), batch_size=2, actors=1, cpus_per_actor=1, use_gpu=False,
+        cache=str(tmp_path / "cache"), dtype="float32",
+    )  # fmt: skip
