@@ -1,0 +1,85 @@
+"""The configuration of a build. Light on purpose: no ray or numpy, so that a client can check it."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from common.config import Settings
+
+PRESETS = Path(__file__).parent / "presets"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class CustomConfig(Settings):
+    """Your own annotations and videos."""
+
+    name: Literal["custom"] = Field("custom", description="source")
+    annotations: str = Field(description="path or URL of a .jsonl or .csv file, one line per caption or per video")
+    videos: str = Field(description="folder or s3:// prefix that the annotations' video names are relative to")
+    val_fraction: Fraction = Field(0.1, description="share of the groups dealt to val, for lines without a split")
+    test_fraction: Fraction = Field(0.1, description="share of the groups dealt to test, for lines without a split")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.val_fraction + self.test_fraction > 1:
+            raise ValueError(
+                f"source.val_fraction={self.val_fraction} and source.test_fraction={self.test_fraction} "
+                "are more than 1 together: lower one"
+            )
+        return self
+
+
+class MovingShapesConfig(Settings):
+    """A small captioned set written by code, in which only the order of frames tells two clips apart."""
+
+    name: Literal["moving_shapes"] = Field("moving_shapes", description="source")
+    videos: str = Field(description="folder that the mp4 files are written to; every Ray node must see it")
+    num_pairs: PositiveInt = Field(600, description="training pairs of a clip and its frame reversal")
+    # The bound is the number of captions there are: no two videos of these splits carry the same one.
+    val_pairs: NonNegativeInt = Field(32, le=336, description="pairs in val, each with captions of its own")
+    test_pairs: NonNegativeInt = Field(100, le=336, description="pairs in test, each with captions of its own")
+    size: PositiveInt = Field(64, ge=32, multiple_of=2, description="width and height in pixels")
+    seed: NonNegativeInt = Field(0, description="seed of captions, positions, sizes and backgrounds")
+
+
+SourceConfig = Annotated[CustomConfig | MovingShapesConfig, Field(discriminator="name")]
+
+
+class ShardConfig(Settings):
+    """How large a shard may become; a shard is the unit of work, retry and download."""
+
+    max_samples: PositiveInt = Field(1000, description="most clips in a shard")
+    max_bytes: PositiveInt = Field(256_000_000, description="most bytes in a shard, estimated from the source files")
+
+
+class VideoConfig(Settings):
+    """What every video becomes: H.264 in mp4 without sound. A stream that already is small enough is copied."""
+
+    short_side: PositiveInt = Field(256, ge=16, description="shorter side in pixels; smaller videos stay as they are")
+    max_fps: PositiveFloat = Field(30.0, description="frames per second; slower videos stay as they are")
+    gop: PositiveInt = Field(12, description="frames from one key frame to the next: what a random read decodes")
+    crf: NonNegativeInt = Field(23, le=51, description="x264's constant quality, lower is better")
+    preset: Literal["ultrafast", "veryfast", "fast", "medium", "slow"] = Field(
+        "veryfast", description="x264's speed against size"
+    )
+    threads: PositiveInt = Field(1, description="threads of one ffmpeg; part of the plan, as the bytes depend on it")
+    timeout_s: PositiveFloat = Field(600.0, description="seconds after which one ffmpeg is killed, its clip rejected")
+
+
+class BuildConfig(Settings):
+    """Annotations and videos → shards."""
+
+    source: SourceConfig
+    output: str = Field(description="folder or s3://bucket/prefix of the dataset; the same one again resumes")
+    shards: ShardConfig = ShardConfig()
+    video: VideoConfig = VideoConfig()
+    seed: NonNegativeInt = Field(0, description="seed of the order in which sources are dealt to shards")
+    max_rejected_fraction: Fraction = Field(0.05, description="share of unreadable clips above which the build fails")
+    workers: PositiveInt | None = Field(
+        None, description="shards built at once; null = as many as the cluster has room"
+    )
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="CPUs that Ray reserves per shard; null = video.threads"
+    )

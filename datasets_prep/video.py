@@ -1,0 +1,175 @@
+"""One video file → one small mp4: probe, copy or transcode, check. The only user of ffmpeg on users' videos.
+
+The static ffmpeg of imageio-ffmpeg comes without ffprobe, so probing reads what `ffmpeg -i` prints.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imageio_ffmpeg
+
+from common.errors import DataError
+from datasets_prep.config import VideoConfig
+
+
+class Probe(NamedTuple):
+    """A file's first video stream; fps and duration are None where the file does not say."""
+
+    codec: str
+    pixels: str
+    width: int
+    height: int
+    fps: float | None
+    duration_s: float | None
+    is_rotated: bool
+
+
+class VideoInfo(NamedTuple):
+    """What is in a finished mp4."""
+
+    duration_s: float
+    fps: float
+    num_frames: int
+    width: int
+    height: int
+    longest_gop: int
+
+
+def convert(source: Path, target: Path, config: VideoConfig, start: float | None, end: float | None) -> VideoInfo:
+    """Write the span [start, end) of `source`, in seconds, to `target` as config asks.
+
+    A whole stream that is H.264 already, small and slow enough and with key frames close enough, is copied.
+
+    Raises:
+        DataError: the file can't be read as video; the message is a reason that fits many files.
+    """
+    if source.stat().st_size == 0:
+        raise DataError("the file is empty")
+    stream = probe(source, config.timeout_s)
+    if stream.duration_s is not None and (start or 0.0) >= stream.duration_s:
+        raise DataError(f"start={start:g} s is after the end of the video")
+    if start is None and end is None and _is_small(stream, config):
+        # A stream that can't be copied after all is made anew: some containers lack what mp4 needs.
+        with contextlib.suppress(DataError):
+            _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config.timeout_s)
+            # It may hide a broken frame anywhere, and readers must be able to rely on every one.
+            info = check(target, every_frame=True)
+            if info.longest_gop <= config.gop:
+                return info
+    _ffmpeg([*_input(source, config, start, end), *_encoding(config), *_output(target)], config.timeout_s)
+    return check(target, every_frame=False)
+
+
+def probe(source: Path, timeout_s: float) -> Probe:
+    """The first video stream of a file. Raises DataError if it has none."""
+    # Without an output ffmpeg prints what it found and ends with an error.
+    text = _run(["-i", str(source)], timeout_s)[1]
+    if "Input #0" not in text:
+        raise DataError(f"not a video: {_reason(text)}")
+    # "Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv), 320x240 [SAR 1:1], 25 fps, 25 tbr"
+    streams = re.findall(r"Stream #.*?: Video: (\w+).*?, (\w+)(?:\([^)]*\))?, (\d+)x(\d+)(.*)", text)
+    streams = [s for s in streams if "(attached pic)" not in s[-1]]  # the cover of a sound file
+    if not streams:
+        raise DataError("no video stream in it" + (", only sound" if ": Audio: " in text else ""))
+    codec, pixels, width, height, rest = streams[0]
+    fps = re.search(r"([\d.]+) fps", rest)
+    time = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
+    duration_s = 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3]) if time else None
+    rate = float(fps[1]) if fps else None
+    return Probe(codec, pixels, int(width), int(height), rate, duration_s, "rotation of" in text)
+
+
+def check(path: Path, every_frame: bool) -> VideoInfo:
+    """Decode the first, middle and last frame, or all, with the library that training uses. Raises DataError."""
+    import decord  # opens threads: imported in the process that decodes
+
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        num_frames, fps, keys = len(reader), float(reader.get_avg_fps()), reader.get_key_indices()
+        indices = range(num_frames) if every_frame else sorted({0, num_frames // 2, num_frames - 1})
+        for index in indices:
+            height, width, _ = reader[index].shape
+    except Exception as error:  # decord raises several unrelated types
+        raise DataError(f"cannot be decoded: {str(error).strip().splitlines()[0]}") from None
+    gops = [b - a for a, b in zip(keys, [*keys[1:], num_frames], strict=True)]
+    return VideoInfo(round(num_frames / fps, 3), round(fps, 3), num_frames, width, height, max(gops))
+
+
+@functools.cache
+def ffmpeg_version() -> str:
+    """The build's own name, "9.0.2-…": another build may write other bytes."""
+    return _run(["-version"], 60)[2].split()[2]
+
+
+def _is_small(stream: Probe, config: VideoConfig) -> bool:
+    return (
+        stream.codec == "h264"
+        and stream.pixels == "yuv420p"
+        and min(stream.width, stream.height) <= config.short_side
+        and stream.fps is not None
+        and stream.fps <= config.max_fps
+        and not stream.is_rotated
+    )
+
+
+def _input(source: Path, config: VideoConfig, start: float | None = None, end: float | None = None) -> list[str]:
+    span = []
+    if start is not None:
+        span += ["-ss", str(start)]
+    if end is not None:
+        span += ["-t", str(end - (start or 0.0))]
+    # The protocol: a name with a colon in it is a file, and no playlist may fetch from the network.
+    whitelist = ["-protocol_whitelist", "file"]
+    return ["-threads", str(config.threads), *whitelist, *span, "-i", f"file:{source}", "-map", "0:V:0"]
+
+
+def _encoding(config: VideoConfig) -> list[str]:
+    # Square pixels, even sides, never larger than the source; bitexact, so that every CPU gives the same bytes.
+    width, height = (f"trunc(min({side},{config.short_side})/2)*2" for side in ("iw", "ih"))
+    scale = f"scale=w='if(gt(dar,1),-2,{width})':h='if(gt(dar,1),{height},-2)':reset_sar=1"
+    return [
+        *("-vf", scale + ":flags=bicubic+accurate_rnd+bitexact", "-filter_threads", str(config.threads)),
+        *("-fps_mode", "cfr", "-fpsmax", str(config.max_fps), "-pix_fmt", "yuv420p"),
+        *("-c:v", "libx264", "-preset", config.preset, "-crf", str(config.crf), "-threads", str(config.threads)),
+        # Closed groups of equal length: a frame never needs another group to be decoded.
+        *("-g", str(config.gop), "-keyint_min", str(config.gop), "-sc_threshold", "0", "-flags:v", "+cgop+bitexact"),
+    ]
+
+
+def _output(target: Path) -> list[str]:
+    clean = ["-an", "-sn", "-dn", "-map_metadata", "-1", "-map_chapters", "-1", "-fflags", "+bitexact"]
+    return [*clean, "-movflags", "+faststart", "-f", "mp4", "-y", str(target)]
+
+
+def _ffmpeg(arguments: list[str], timeout_s: float) -> None:
+    code, text, _ = _run(["-v", "error", *arguments], timeout_s)
+    if code:
+        raise DataError(f"cannot be converted: {_reason(text)}")
+
+
+def _run(arguments: list[str], timeout_s: float) -> tuple[int, str, str]:
+    """ffmpeg's exit code, stderr and stdout; it and its children never outlive this call."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise DataError(f"not converted within video.timeout_s={timeout_s:g}") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, err.decode(errors="replace"), out.decode(errors="replace")
+
+
+def _reason(text: str) -> str:
+    """The first thing ffmpeg complained about, without addresses, so that equal reasons are equal texts."""
+    lines = [re.sub(r"^\[.*?\] *", "", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Input #", "At least one output"))]
+    return lines[0] if lines else "ffmpeg gives no reason"
