@@ -29,7 +29,8 @@ li { background: var(--card); border: 1px solid var(--line); border-radius: 10px
 .rank { min-width: 1.6em; font-size: 20px; font-weight: 650; color: var(--accent) }
 .id { flex: 1; font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px; overflow-wrap: anywhere }
 .score { font-variant-numeric: tabular-nums; font-weight: 600 }
-meter { width: 110px; height: 10px }
+.bar { width: 110px; height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; align-self: center }
+.bar i { display: block; height: 100%; background: var(--accent) }
 .strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 4px }
 .strip img { width: 100%; max-width: 160px; display: block; border-radius: 4px; background: #888 }
 .captions { margin: 10px 0 0 }
@@ -87,7 +88,8 @@ def _item(hit: Hit, jpegs: list[bytes]) -> str:
     hidden = f" <small>and {more} more</small>" if more > 0 else ""
     return f"""<li>
 <div class="head"><span class="rank">{hit.rank}</span><span class="id">{html.escape(hit.video_id)}</span>
-<meter min="0" max="1" value="{max(hit.score, 0):.4f}"></meter><span class="score">{hit.score:.3f}</span></div>
+<span class="bar"><i style="width:{100 * max(hit.score, 0):.1f}%"></i></span>
+<span class="score">{hit.score:.3f}</span></div>
 <div class="strip">{images}</div>
 <p class="captions">{shown}{hidden}</p>
 </li>"""

@@ -14,9 +14,9 @@ import ray.exceptions
 
 from common import logs, shards, storage
 from common.config import from_command_line
-from common.errors import ConfigError, DataError, RunError, exit_with
+from common.errors import ConfigError, DataError, RunError, exit_with, told
 from common.shards import ShardEntry
-from retrieval.config import PRESETS, EmbedConfig
+from retrieval.config import PRESETS, EmbedConfig, require_absolute
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
 from retrieval.encoder import Embedder, encode_sentences, load_two_tower
 from training.checkpoint import weights_sha256
@@ -33,6 +33,7 @@ def embed(config: EmbedConfig) -> Embeddings:
         ConfigError, DataError, RunError, StorageError: as one sentence.
     """
     start = time.monotonic()
+    require_absolute(config, "run", "dataset", "output")
     config = config.model_copy(update={"output": storage.absolute(config.output), "run": storage.absolute(config.run)})
     source, entries = _source(config)
     storage.check_writable(config.output)
@@ -45,10 +46,9 @@ def embed(config: EmbedConfig) -> Embeddings:
     parts = [Part(name=part_name(i), shard=e.name, videos=e.samples) for i, e in enumerate(entries)]
     embeddings = Embeddings(source=source, parts=parts)
     storage.publish_bytes(embeddings.model_dump_json(indent=2).encode(), storage.join(config.output, "embeddings.json"))
-    seconds = time.monotonic() - start
     log.info(
         "%d videos in %d parts at %s; %d of them encoded now, in %s",
-        embeddings.videos, len(parts), config.output, done, logs.duration(seconds),
+        embeddings.videos, len(parts), config.output, done, logs.duration(time.monotonic() - start),
     )  # fmt: skip
     return embeddings
 
@@ -74,39 +74,44 @@ def _source(config: EmbedConfig) -> tuple[Source, list[ShardEntry]]:
 
 
 def _encode(config: EmbedConfig, source: Source, missing: list[tuple[ShardEntry, int]]) -> Iterator[int]:
-    """Encode shards on a pool of actors, one call in flight on each; yields their numbers of videos as they finish.
+    """Encode shards on a pool of actors; yields their numbers of videos as they finish."""
+    actors = _actors(config, source, len(missing)) if missing else []
+    try:
+        yield from _results(config, actors, missing)
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(
+            f"an encoding actor died {RESTARTS + 1} times ({reason}): run the same command again to go on"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise (told(error) or error) from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
 
-    An actor's first call loads its model, so one whose resources never come holds no shard back.
-    """
-    if not missing:
-        return
-    waiting, left, started = list(reversed(missing)), len(missing), False
-    calls: dict[Any, Any] = {actor.start.remote(): actor for actor in _actors(config, source, len(missing))}
-    deadline = time.monotonic() + config.start_timeout_s
+
+def _results(config: EmbedConfig, actors: list[Any], missing: list[tuple[ShardEntry, int]]) -> Iterator[int]:
+    """One call in flight on each actor; its first one loads the model, so an actor that never starts holds no shard."""
+    waiting, left = list(reversed(missing)), len(missing)
+    calls: dict[Any, Any] = {actor.start.remote(): actor for actor in actors}
+    started, deadline = False, time.monotonic() + config.start_timeout_s
     while left:
         ready, _ = ray.wait(list(calls), num_returns=1, timeout=None if started else WAIT_S)
-        if not ready:
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"no actor got its {config.cpus_per_actor} CPUs in start_timeout_s={config.start_timeout_s}: "
-                    "wait for other jobs to end, or lower cpus_per_actor"
-                )
-            log.warning("waiting for an actor with %d CPUs", config.cpus_per_actor)
-            continue
-        actor = calls.pop(ready[0])
-        try:
-            videos = ray.get(ready[0])
-        except ray.exceptions.RayActorError as error:
-            reason = str(error).strip().splitlines()[0]
+        if ready:
+            started = True
+            actor, videos = calls.pop(ready[0]), ray.get(ready[0])
+            if waiting:
+                calls[actor.embed.remote(*waiting.pop())] = actor
+            if videos is not None:
+                left -= 1
+                yield videos
+        elif time.monotonic() > deadline:
             raise RunError(
-                f"an encoding actor died {RESTARTS + 1} times ({reason}): run the same command again to go on"
-            ) from None
-        started = True
-        if waiting:
-            calls[actor.embed.remote(*waiting.pop())] = actor
-        if videos is not None:
-            left -= 1
-            yield videos
+                f"no actor got its {config.cpus_per_actor} CPUs in start_timeout_s={config.start_timeout_s}: "
+                "wait for other jobs to end, or lower cpus_per_actor"
+            )
+        else:
+            log.warning("waiting for an actor with %d CPUs", config.cpus_per_actor)
 
 
 def _actors(config: EmbedConfig, source: Source, wanted: int) -> list[Any]:
@@ -136,7 +141,7 @@ def _actors(config: EmbedConfig, source: Source, wanted: int) -> list[Any]:
 def main() -> None:
     logs.setup()
     config = from_command_line(EmbedConfig, PRESETS / "embed", "retrieval.embed")
-    ray.init(ignore_reinit_error=True)
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
     embed(config)
 
 

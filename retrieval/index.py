@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from common import logs, shards, storage
 from common.config import from_command_line
 from common.errors import DataError, NotFoundError, exit_with
-from retrieval.config import PRESETS, IndexConfig
+from retrieval.config import PRESETS, IndexConfig, require_absolute
 from retrieval.embeddings import Embeddings, Record, Source, parse, read_embeddings, read_part
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def build(config: IndexConfig) -> IndexInfo:
     """Write the index of an embeddings folder. Raises DataError, StorageError."""
     import faiss
 
+    require_absolute(config, "embeddings", "output")
     url, output = storage.absolute(config.embeddings), storage.absolute(config.output)
     embeddings = read_embeddings(url)
     index = faiss.IndexFlatIP(embeddings.source.dimension)
@@ -110,7 +111,7 @@ def open_index(url: str) -> Index:
         if "bucket" in str(error):
             raise
         raise DataError(
-            f"{url} holds no index.json: no index, or retrieval.index has not finished there (run it again)"
+            f"{url} holds no index.json: no index, or retrieval.index has not finished (run it again)"
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         paths = {VECTORS: Path(folder) / VECTORS, IDS: Path(folder) / IDS}

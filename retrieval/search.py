@@ -21,7 +21,7 @@ from common import logs, shards, storage
 from common.config import from_command_line
 from common.errors import ConfigError, DataError, RunError, exit_with
 from retrieval import contact_sheet
-from retrieval.config import PRESETS, SearchConfig
+from retrieval.config import PRESETS, SearchConfig, require_absolute
 from retrieval.embeddings import Source
 from retrieval.encoder import encode_sentences, load_two_tower
 from retrieval.index import Index, open_index
@@ -37,6 +37,7 @@ def search(config: SearchConfig) -> Result:
     Raises:
         DataError, RunError, StorageError: as one sentence.
     """
+    require_absolute(config, "index", "run", "dataset", "contact_sheet")
     url = storage.absolute(config.index)
     index = open_index(url)
     source = index.info.source

@@ -1,7 +1,7 @@
 """A tiny prepared dataset and a random-weight run, made without datasets_prep and training."""
 
 import subprocess
-from collections.abc import Iterator
+import tarfile
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -12,7 +12,11 @@ import webdataset
 
 from common import config, shards, storage
 from common.shards import Caption, DatasetIndex, SampleIndex, SampleInfo, ShardEntry, ShardIndex, SplitIndex
-from retrieval.config import EmbedConfig
+from retrieval.config import EmbedConfig, IndexConfig
+from retrieval.embed import embed
+from retrieval.embeddings import Embeddings
+from retrieval.encoder import Embedder
+from retrieval.index import build
 from training import checkpoint, models
 from training.config import TrainConfig
 
@@ -32,8 +36,10 @@ def write_video(path: Path, seed: int) -> None:
     subprocess.run(command, input=frames.tobytes(), check=True)
 
 
-def write_dataset(root: Path, sizes: tuple[int, ...] = SHARD_SIZES, first_seed: int = 0) -> Path:
-    """A dataset with the one split "test"."""
+def write_dataset(
+    root: Path, sizes: tuple[int, ...] = SHARD_SIZES, first_seed: int = 0, broken: int | None = None
+) -> Path:
+    """A dataset with the one split "test"; the video of seed `broken` holds no mp4, though its shard is intact."""
     entries, video = [], first_seed
     for number, size in enumerate(sizes):
         name = shards.shard_name("test", number)
@@ -42,7 +48,7 @@ def write_dataset(root: Path, sizes: tuple[int, ...] = SHARD_SIZES, first_seed: 
         with webdataset.TarWriter(str(root / name), mtime=0) as tar:
             for seed, info in enumerate(infos, video):
                 write_video(root / "video.mp4", seed)
-                mp4 = (root / "video.mp4").read_bytes()
+                mp4 = b"no mp4" if seed == broken else (root / "video.mp4").read_bytes()
                 tar.write({"__key__": info.video_id, "mp4": mp4, "json": info.model_dump_json().encode()})
         video += size
         entries.append(_marker(root, name, infos))
@@ -60,8 +66,6 @@ def _info(seed: int) -> SampleInfo:
 
 
 def _marker(root: Path, name: str, infos: list[SampleInfo]) -> ShardEntry:
-    import tarfile
-
     with tarfile.open(root / name) as tar:
         members = {m.name: (m.offset_data, m.size) for m in tar}
     samples = [
@@ -81,14 +85,14 @@ def _marker(root: Path, name: str, infos: list[SampleInfo]) -> ShardEntry:
     return ShardEntry(name=name, samples=len(infos), captions=captions, bytes=size, sha256=sha256)
 
 
-def write_run(root: Path, name: str, dataset: Path, seed: int = 0) -> str:
+def write_run(root: Path, name: str, dataset: Path | str, seed: int = 0, backbone: str = "tiny") -> str:
     """A run of random weights, as a training run leaves it."""
     settings = config.validate(
         TrainConfig,
         {
             "run": {"name": name, "storage": str(root)},
             "data": {"dataset": str(dataset)},
-            "model": {"name": "prompt_switch", "backbone": "tiny", "num_frames": 2, "num_prompts": 2},
+            "model": {"name": "prompt_switch", "backbone": backbone, "num_frames": 2, "num_prompts": 2},
             "optim": {"steps": 1},
         },
     )
@@ -110,8 +114,35 @@ def run(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> str:
 
 
 @pytest.fixture
-def embed_config(run: str, tmp_path: Path) -> Iterator[EmbedConfig]:
-    yield EmbedConfig(
-        run=run, output=str(tmp_path / "vectors"), batch_size=2, actors=1, cpus_per_actor=1, use_gpu=False,
-        cache=str(tmp_path / "cache"), dtype="float32",
-    )  # fmt: skip
+def embed_config(run: str, tmp_path: Path) -> EmbedConfig:
+    return settings(run, tmp_path)
+
+
+def settings(run: str, folder: Path, **changes: object) -> EmbedConfig:
+    values = {"output": str(folder / "vectors"), "dtype": "float32", "batch_size": 2, "actors": 1, **changes}
+    return EmbedConfig(run=run, cpus_per_actor=1, use_gpu=False, cache=str(folder / "cache"), **values)
+
+
+def embed_here(config: EmbedConfig) -> Embeddings:
+    """`embed` without Ray: the same shards through one Embedder in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "retrieval.embed._encode",
+            lambda config, source, missing: (Embedder(config, source, "cpu").embed(*item) for item in missing),
+        )
+        return embed(config)
+
+
+@pytest.fixture(scope="session")
+def vectors(run: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished embeddings folder in float32."""
+    config = settings(run, tmp_path_factory.mktemp("embeddings"))
+    embed_here(config)
+    return config.output
+
+
+@pytest.fixture(scope="session")
+def index(vectors: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("index"))
+    build(IndexConfig(embeddings=vectors, output=url))
+    return url
