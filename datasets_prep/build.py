@@ -37,7 +37,7 @@ class Built(NamedTuple):
 
 
 def build(config: BuildConfig) -> Built:
-    """Build, or go on building, the dataset at `config.output`. Needs a running Ray.
+    """Build, or go on building, the dataset at `config.output`. Starts Ray only when there is work for it.
 
     Raises:
         ConfigError, DataError, StorageError: as one sentence.
@@ -52,6 +52,8 @@ def build(config: BuildConfig) -> Built:
     done = _finished(plan, output)
     if done:
         log.info("%d of %d shards are there already", len(done), len(plan.shards))
+    if len(done) < len(plan.shards) and not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING)
     for shard, index in logs.progress(_run(config, plan, done, output), "shards", len(plan.shards) - len(done)):
         done[shard.name] = index
         _check_budget(config, plan, done)
@@ -208,7 +210,6 @@ def _dataset(plan: Plan, done: Done) -> DatasetIndex:
 def main() -> int:
     config = configs.from_command_line(BuildConfig, PRESETS, "datasets_prep.build")
     logs.setup()
-    ray.init(logging_level=logging.WARNING)
     built = build(config)
     print(summary(built, config.output))
     return 0

@@ -1,0 +1,80 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import DataError
+from datasets_prep.config import ShardConfig
+from datasets_prep.plan import Clip, Plan, make_plan
+
+
+def clip(i: int, source: str | None = None, split: str = "train", size: int | None = 10) -> Clip:
+    return Clip(split, f"v{i}", source or f"s{i}", ("a caption",), f"v{i}.mp4", None, None, size)
+
+
+def plan(clips: list[Clip], max_samples: int = 10, max_bytes: int = 1000, seed: int = 0) -> Plan:
+    return make_plan(clips, ShardConfig(max_samples=max_samples, max_bytes=max_bytes), seed, {"video": {"crf": 23}})
+
+
+@settings(deadline=None)
+@given(
+    sources=st.lists(st.integers(1, 7), min_size=1, max_size=30),
+    max_samples=st.integers(1, 8),
+    max_bytes=st.integers(1, 120),
+    seed=st.integers(0, 3),
+)
+def test_every_clip_once_within_limits_and_sources_whole(
+    sources: list[int], max_samples: int, max_bytes: int, seed: int
+) -> None:
+    names = [f"s{n}" for n, count in enumerate(sources) for _ in range(count)]
+    clips = [clip(i, name) for i, name in enumerate(names)]
+    made = plan(clips, max_samples, max_bytes, seed)
+    assert sorted(c for s in made.shards for c in s.clips) == sorted(clips)
+    assert [s.number for s in made.shards] == list(range(len(made.shards)))
+    where: dict[str, set[int]] = {}
+    for shard in made.shards:
+        size = sum(c.size or 0 for c in shard.clips)
+        assert 0 < len(shard.clips) <= max_samples
+        assert size <= max_bytes or len(shard.clips) == 1
+        for c in shard.clips:
+            where.setdefault(c.source_id, set()).add(shard.number)
+    for name, shard_numbers in where.items():
+        count = names.count(name)
+        assert len(shard_numbers) == 1 or count > max_samples or 10 * count > max_bytes
+
+
+def test_input_order_does_not_matter_but_the_seed_does() -> None:
+    clips = [clip(i, f"s{i // 2}", "train" if i % 4 < 2 else "test") for i in range(100)]
+    shuffled = clips[:]
+    random.Random(0).shuffle(shuffled)
+    assert plan(clips) == plan(shuffled)
+    assert plan(clips).shards != plan(clips, seed=1).shards
+    assert plan(clips).shards[0].clips != sorted(plan(clips).shards[0].clips)  # it does shuffle
+
+
+def test_the_hash_names_all_that_changes_the_bytes() -> None:
+    clips = [clip(i) for i in range(9)]
+    hashes = {
+        plan(clips).hash,
+        plan(clips[1:]).hash,
+        plan([*clips[1:], clips[0]._replace(captions=("another",))]).hash,
+        plan([*clips[1:], clips[0]._replace(size=11)]).hash,
+        plan(clips, max_samples=4).hash,
+        plan(clips, seed=1).hash,
+        make_plan(clips, ShardConfig(max_samples=10, max_bytes=1000), 0, {"video": {"crf": 24}}).hash,
+    }
+    assert len(hashes) == 7
+
+
+def test_splits_have_shards_of_their_own() -> None:
+    made = plan([clip(i, split="train" if i else "test") for i in range(30)])
+    assert [s.name for s in made.shards] == ["test/shard-000000.tar"] + [f"train/shard-{i:06d}.tar" for i in range(3)]
+
+
+def test_refuses_what_can_not_be_a_dataset() -> None:
+    with pytest.raises(DataError, match="no clips"):
+        plan([])
+    with pytest.raises(DataError, match="'v1' occurs twice in split 'train'"):
+        plan([clip(1), clip(2), clip(1, source="other")])
+    assert plan([clip(1), clip(1, split="test")])

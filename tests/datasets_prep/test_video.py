@@ -1,0 +1,152 @@
+import hashlib
+import time
+from pathlib import Path
+
+import decord
+import pytest
+
+from common.errors import DataError
+from datasets_prep import video
+from datasets_prep.config import VideoConfig
+from tests.datasets_prep.conftest import SOUND, ffmpeg, picture
+
+CONFIG = VideoConfig(short_side=64, gop=6)
+
+
+def convert(source: Path, tmp_path: Path, config: VideoConfig = CONFIG, **span: float) -> video.VideoInfo:
+    return video.convert(source, tmp_path / "out.mp4", config, span.get("start"), span.get("end"))
+
+
+def test_transcodes_to_small_short_gops_without_sound(videos: Path, tmp_path: Path) -> None:
+    info = convert(videos / "wide.mp4", tmp_path)
+    assert (info.width, info.height, info.fps, info.num_frames) == (114, 64, 30.0, 60)
+    assert info.duration_s == 2.0
+    assert info.longest_gop == 6
+    stream = video.probe(tmp_path / "out.mp4", 60)
+    assert (stream.codec, stream.pixels) == ("h264", "yuv420p")
+    assert "Audio:" in video._run(["-i", str(videos / "wide.mp4")], 60)[1]
+    assert "Audio:" not in video._run(["-i", str(tmp_path / "out.mp4")], 60)[1]
+
+
+def test_index_is_at_the_front(videos: Path, tmp_path: Path) -> None:
+    for name in ("wide.mp4", "small.mp4"):  # made anew, copied
+        convert(videos / name, tmp_path)
+        data = (tmp_path / "out.mp4").read_bytes()
+        assert data.index(b"moov") < data.index(b"mdat")
+
+
+@pytest.mark.parametrize(("name", "size"), [("tall.webm", (64, 106)), ("odd.avi", (86, 64))])
+def test_short_side_of_any_shape_and_container(videos: Path, tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    info = convert(videos / name, tmp_path)
+    assert (info.width, info.height) == size
+
+
+def test_never_enlarges_nor_speeds_up(videos: Path, tmp_path: Path) -> None:
+    info = convert(videos / "odd.avi", tmp_path, VideoConfig(short_side=200))
+    assert (info.width, info.height, info.fps) == (100, 74, 10.0)
+
+
+def frames(path: Path) -> bytes:
+    reader = decord.VideoReader(str(path))
+    return reader.get_batch(range(len(reader))).asnumpy().tobytes()
+
+
+def test_copies_what_is_small_enough_already(videos: Path, tmp_path: Path) -> None:
+    info = convert(videos / "small.mp4", tmp_path)
+    assert info.longest_gop == 5
+    assert frames(tmp_path / "out.mp4") == frames(videos / "small.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("long_gop.mp4", CONFIG),
+        ("small.mp4", CONFIG.model_copy(update={"gop": 4})),
+        ("small.mp4", CONFIG.model_copy(update={"short_side": 40})),
+        ("small.mp4", CONFIG.model_copy(update={"max_fps": 5.0})),
+    ],
+)
+def test_makes_anew_what_is_not(videos: Path, tmp_path: Path, name: str, config: VideoConfig) -> None:
+    info = convert(videos / name, tmp_path, config)
+    assert info.longest_gop <= config.gop
+    assert min(info.width, info.height) <= config.short_side
+    assert info.fps <= config.max_fps
+    assert frames(tmp_path / "out.mp4") != frames(videos / name)
+
+
+def test_cuts_a_span(videos: Path, tmp_path: Path) -> None:
+    config = VideoConfig(short_side=64, max_fps=50, crf=0)
+    info = convert(videos / "wide.mp4", tmp_path, config, start=0.5, end=1.1)
+    assert (info.num_frames, info.duration_s) == (30, 0.6)
+    cut = decord.VideoReader(str(tmp_path / "out.mp4"))[0].asnumpy().astype(int)
+    convert(videos / "wide.mp4", tmp_path, config)
+    whole = decord.VideoReader(str(tmp_path / "out.mp4"))
+    distances = [abs(whole[i].asnumpy().astype(int) - cut).mean() for i in range(100)]
+    assert min(range(100), key=distances.__getitem__) == 25
+
+
+def test_a_turned_phone_video_is_upright(videos: Path, tmp_path: Path) -> None:
+    turned = tmp_path / "turned.mp4"
+    ffmpeg("-display_rotation", "90", "-i", str(videos / "small.mp4"), "-c", "copy", str(turned))
+    info = convert(turned, tmp_path)
+    assert (info.width, info.height) == (64, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty.mp4", "the file is empty"),
+        ("garbage.mp4", "not a video: moov atom not found"),
+        ("cut.mp4", "not a video: moov atom not found"),
+        ("sound.mp4", "no video stream in it, only sound"),
+    ],
+)
+def test_rejects_bad_files_with_a_reason(videos: Path, tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        convert(videos / name, tmp_path)
+    assert str(caught.value).startswith(reason)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_rejects_a_song_with_a_cover(videos: Path, tmp_path: Path) -> None:
+    cover, song = tmp_path / "cover.png", tmp_path / "song.mp4"
+    ffmpeg(*picture("64x64", 1, 1), "-frames:v", "1", str(cover))
+    maps = ["-map", "0", "-map", "1", "-c:v", "png", "-disposition:v:0", "attached_pic"]
+    ffmpeg(*SOUND, "-i", str(cover), *maps, str(song))
+    with pytest.raises(DataError, match="only sound"):
+        convert(song, tmp_path)
+
+
+def test_rejects_a_span_after_the_end(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="start=5 s is after the end"):
+        convert(videos / "small.mp4", tmp_path, start=5.0, end=6.0)
+
+
+def test_a_broken_frame_is_found_or_made_whole(videos: Path, tmp_path: Path) -> None:
+    """What leaves `convert` decodes from end to end, also when a middle part of the file is overwritten."""
+    data = bytearray((videos / "small.mp4").read_bytes())
+    middle = data.index(b"mdat") + 3000
+    data[middle : middle + 2000] = b"\x55" * 2000
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(data)
+    try:
+        info = convert(broken, tmp_path)
+    except DataError:
+        return
+    assert len(frames(tmp_path / "out.mp4")) == info.num_frames * info.height * info.width * 3
+
+
+def test_an_endless_ffmpeg_is_killed(videos: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"not converted within video.timeout_s=0.5"):
+        video._run(["-v", "error", "-re", "-f", "lavfi", "-i", "testsrc2=duration=600", "-f", "null", "-"], 0.5)
+    assert time.monotonic() - began < 300  # it would have gone on for 600 s
+
+
+@pytest.mark.parametrize("name", ["wide.mp4", "small.mp4"])
+def test_same_input_same_bytes(videos: Path, tmp_path: Path, name: str) -> None:
+    digests = set()
+    for _ in range(2):
+        convert(videos / name, tmp_path)
+        digests.add(hashlib.sha256((tmp_path / "out.mp4").read_bytes()).hexdigest())
+    assert len(digests) == 1
