@@ -1,0 +1,100 @@
+"""The local S3 server and Ray nodes: they start, are closed to strangers, and leave nothing behind."""
+
+import os
+import stat
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster import local, processes
+from cluster.local import RayCluster, S3Server
+from common import storage
+from common.errors import NotFoundError, RunError
+
+
+def _wait_until_alive(mark: str, count: int) -> None:
+    for _ in range(200):
+        if len(processes.alive(mark)) == count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(processes.alive(mark))
+
+
+def test_end_reaches_what_left_the_process_group_and_lost_its_parent(tmp_path: Path) -> None:
+    # The outer shell dies at once: its detached child has neither its group nor a living parent, as Ray's jobs do.
+    script = "setsid sh -c 'exec sleep 600' & exec sh -c 'trap \"\" TERM; sleep 600 & wait; sleep 600'"
+    stranger = subprocess.Popen(["sleep", "600"])
+    processes.start(["sh", "-c", f"({script}) & sleep 0.3"], dict(os.environ), "mark-1", tmp_path / "log")
+    processes.start(["sleep", "600"], dict(os.environ), "mark-10", tmp_path / "log")
+    _wait_until_alive("mark-1", 3)
+    processes.end("mark-1", grace_s=0.3)  # one of them ignores SIGTERM
+    assert processes.alive("mark-1") == []
+    assert len(processes.alive("mark-10")) == 1 and stranger.poll() is None
+    processes.end("mark-10")
+    stranger.kill()
+    stranger.wait()
+
+
+def test_a_child_that_dies_is_told_with_its_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = processes.start(["sh", "-c", "echo no space left; exit 3"], dict(os.environ), "mark-2", log)
+    with pytest.raises(RunError, match=r"S3 server ended with code 3: no space left"):
+        processes.wait_for(lambda: False, child, "S3 server", log, timeout_s=30)
+
+
+def test_free_ports_skip_a_taken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = processes.free_ports(3)
+    assert len(set(taken)) == 3
+    monkeypatch.setattr(processes, "_is_free", lambda port: port % 2 == 0)
+    assert all(port % 2 == 0 for port in processes.free_ports(20))
+
+
+def test_s3_credentials_are_private_and_a_missing_bucket_stays_missing(s3_server: S3Server, s3: str) -> None:
+    assert s3_server.env["AWS_SECRET_ACCESS_KEY"] not in repr(s3_server)
+    storage.publish_bytes(b"x", f"{s3}/a")
+    with pytest.raises(NotFoundError, match="bucket"):
+        storage.publish_bytes(b"x", "s3://no-such-bucket/a")
+
+
+def test_s3_server_keeps_its_data_and_leaves_nothing_running(
+    tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sockets = set(Path("/tmp").glob("seaweedfs-*"))
+    for attempt in range(2):
+        server = local.start_s3(tmp_path, buckets=["kept"])
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        if attempt == 0:
+            storage.publish_bytes(b"x", "s3://kept/a")
+        assert storage.read("s3://kept/a") == b"x"
+        server.stop()
+        assert processes.alive(server.mark) == []
+    assert stat.S_IMODE((tmp_path / "s3.json").stat().st_mode) == 0o600
+    left = set(Path("/tmp").glob("seaweedfs-*")) - sockets
+    assert not [path for path in left if not processes.alive(server.mark) and str(path).endswith(server.url[-5:])]
+
+
+def test_ray_wants_the_token(ray_local: RayCluster) -> None:
+    token = Path(ray_local.env["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{ray_local.dashboard_url}/api/jobs/", timeout=10)
+    assert refused.value.code == 401
+
+
+def test_ray_workers_get_credentials_by_environment_and_one_thread(ray_local: RayCluster, s3: str) -> None:
+    ray.init(ignore_reinit_error=True)
+
+    @ray.remote
+    def publish(url: str) -> str:
+        storage.publish_bytes(b"from a worker", url)
+        return os.environ["OMP_NUM_THREADS"]
+
+    assert ray.get(publish.remote(f"{s3}/worker")) == "1"
+    assert storage.read(f"{s3}/worker") == b"from a worker"
+    assert ray.cluster_resources()["CPU"] == 4

@@ -1,0 +1,63 @@
+"""Real parts for all tests: one S3 server and one Ray cluster for the session, both started on first use."""
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import RayCluster, S3Server, start_ray, start_s3
+
+REPOSITORY = Path(__file__).parents[1]
+# A test that starts a Ray of its own (`ray.init(address="local")`) must neither write a token under the home folder nor
+# need one; `ray_local` sets "token" for its own cluster.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with the bucket `tests`; AWS_* of this process point to it."""
+    server = start_s3(tmp_path_factory.mktemp("s3"), buckets=["tests"])
+    with pytest.MonkeyPatch.context() as patch:
+        # What a developer's shell may hold would win over the variables below.
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):
+            patch.delenv(name, raising=False)
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server) -> str:
+    """An empty place on the S3 server, of this test alone."""
+    return f"s3://tests/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """One Ray node of 4 logical CPUs with dashboard, job server and token; RAY_* of this process point to it.
+
+    It does not connect this process: a test that is a driver calls `ray.init(ignore_reinit_error=True)`.
+    """
+    cluster = start_ray(tmp_path_factory.mktemp("ray"), num_nodes=1, cpus_per_node=4, env=s3_server.env)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.env.items():
+            patch.setenv(name, value)
+        yield cluster
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout: annotations, real clips, golden files."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("needs the folder 'shared' beside the checkout (annotations, clips, golden files): not there")
+    return path
