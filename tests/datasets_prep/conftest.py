@@ -9,6 +9,9 @@ import imageio_ffmpeg
 import pytest
 import ray
 
+# Kept beside the checkout and never committed; tests on it skip where it is absent.
+WEB_VIDEO = Path(__file__).parents[3] / "shared/data/web_video"
+
 
 def ffmpeg(*arguments: str) -> None:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *arguments]

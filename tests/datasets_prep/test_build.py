@@ -1,0 +1,325 @@
+"""Builds as a user starts them, on a real Ray: shards, resume, bad input, verify."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from common import config as configs
+from common import shards, storage
+from common.errors import DataError, RunError, exit_with
+from datasets_prep import build as build_module
+from datasets_prep import verify as verify_module
+from datasets_prep.build import Built, build, summary
+from datasets_prep.config import PRESETS, BuildConfig
+from datasets_prep.verify import verify
+from tests.datasets_prep.conftest import WEB_VIDEO
+
+Annotate = Callable[..., str]
+Files = dict[str, tuple[int, bytes]]
+
+
+def load(preset: str, output: Path | str, *overrides: str) -> BuildConfig:
+    return configs.load(BuildConfig, preset, [f"output={output}", *overrides], PRESETS)
+
+
+def build_shapes(output: Path | str, shapes: Path, *overrides: str) -> Built:
+    """7 shards: 28 training clips in four, 16 test clips in two, 6 of val in one."""
+    numbers = ["source.num_pairs=14", "source.val_pairs=3", "source.test_pairs=8"]
+    return build(load("tiny", output, f"source.videos={shapes}", *numbers, *overrides))
+
+
+def build_custom(output: Path | str, annotations: str, videos: Path, *overrides: str) -> Built:
+    source = [f"source.annotations={annotations}", f"source.videos={videos}", "video.short_side=64"]
+    return build(load("custom", output, *source, *overrides))
+
+
+def files(folder: Path) -> Files:
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*.*")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, (_, data) in files(folder).items()}
+
+
+def run(module: object, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of an entry point."""
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        exit_with(module.main)  # type: ignore[attr-defined]
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, shapes: Path, ray_here: None) -> Path:
+    output = tmp_path_factory.mktemp("dataset")
+    build_shapes(output, shapes)
+    return output
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    for name, (_, data) in files(dataset).items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(data)
+    return tmp_path / "copy"
+
+
+def test_indexes_lead_to_every_member(dataset: Path) -> None:
+    index, _ = shards.read_dataset(str(dataset))
+    assert {name: (len(s.shards), s.samples, s.captions) for name, s in index.splits.items()} == {
+        "test": (2, 16, 16),
+        "train": (4, 28, 28),
+        "val": (1, 6, 6),
+    }
+    names = {entry.name for split in index.splits.values() for entry in split.shards}
+    assert names | {shards.marker_name(n) for n in names} | {"plan.json", "dataset.json"} == set(files(dataset))
+    for name in names:
+        marker = shards.read_marker(str(dataset), name)
+        assert marker.plan_hash == index.plan_hash
+        with open(dataset / name, "rb") as tar:
+            for sample in marker.samples:
+                info = shards.read_info(tar, sample)
+                assert (info.video_id, info.num_frames, info.fps, info.width) == (sample.video_id, 30, 10.0, 64)
+                assert shards.read_member(tar, sample, "mp4")[4:8] == b"ftyp"
+    assert verify(str(dataset)) == 50
+
+
+def test_webdataset_reads_every_shard_as_it_is(dataset: Path) -> None:
+    seen = {}
+    for tar in sorted(dataset.rglob("*.tar")):
+        for sample in webdataset.WebDataset(str(tar), shardshuffle=False).decode():
+            seen[sample["json"]["video_id"]] = sample["json"]["captions"][0]["text"]
+            assert sample["mp4"][4:8] == b"ftyp"
+    assert len(seen) == 50
+    assert all("a" in caption for caption in seen.values())
+
+
+def test_twins_stay_together(dataset: Path) -> None:
+    for tar in dataset.rglob("*.tar"):
+        marker = shards.read_marker(str(dataset), str(tar.relative_to(dataset)))
+        sources = [s.source_id for s in marker.samples]
+        assert all(sources.count(source) == 2 for source in sources)
+
+
+def test_twice_the_same_bytes(dataset: Path, shapes: Path, tmp_path: Path) -> None:
+    build_shapes(tmp_path / "other", shapes, "workers=1")
+    assert contents(tmp_path / "other") == contents(dataset)
+
+
+def test_resume_builds_only_what_is_missing(copy: Path, dataset: Path, shapes: Path) -> None:
+    before = files(copy)
+    (copy / "train/shard-000002.json").unlink()  # killed between the tar and its marker
+    (copy / "test/shard-000001.tar").write_bytes(b"cut short")
+    (copy / "dataset.json").unlink()
+    build_shapes(copy, shapes)
+    after = files(copy)
+    assert contents(copy) == contents(dataset)
+    written = {name for name in after if after[name][0] != before[name][0]}
+    assert written == {
+        *("train/shard-000002.tar", "train/shard-000002.json", "test/shard-000001.tar", "test/shard-000001.json"),
+        "dataset.json",
+    }
+
+
+def test_another_plan_at_the_same_output_is_refused(copy: Path, shapes: Path) -> None:
+    before = files(copy)
+    with pytest.raises(RunError, match=r"another plan \(changed: video\.crf\)"):
+        build_shapes(copy, shapes, "video.crf=30")
+    with pytest.raises(RunError, match=r"changed: seed"):
+        build_shapes(copy, shapes, "seed=3")
+    assert files(copy) == before
+    build_shapes(copy, shapes, "workers=1", "video.timeout_s=50", "max_rejected_fraction=0.2")
+
+
+GOOD = {"video": "small.mp4", "caption": "good", "split": "train"}
+
+
+def test_bad_clips_are_rejected_counted_and_shown(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None
+) -> None:
+    bad = ["empty.mp4", "garbage.mp4", "cut.mp4", "sound.mp4", "nowhere.mp4"]
+    lines = [GOOD, *({"video": name, "caption": "x", "split": "train"} for name in bad)]
+    output = tmp_path / "out"
+    built = build_custom(output, annotate(*lines), videos, "max_rejected_fraction=0.9")
+    marker = shards.read_marker(str(output), "train/shard-000000.tar")
+    assert [s.video_id for s in marker.samples] == ["small.mp4"]
+    assert {r.video_id: r.reason for r in marker.rejected} == {
+        "empty.mp4": "the file is empty",
+        "garbage.mp4": "not a video: moov atom not found",
+        "cut.mp4": "not a video: moov atom not found",
+        "sound.mp4": "no video stream in it, only sound",
+        "nowhere.mp4": "there is no such file in source.videos",
+    }
+    assert built.dataset.rejected == 5
+    text = summary(built, str(output))
+    assert "rejected: 5 (2 × not a video: moov atom not found; 1 ×" in text
+    assert "train            1           1           1" in text
+    assert verify(str(output)) == 1
+
+
+@pytest.mark.parametrize("overrides", [[], ["max_rejected_fraction=1"]])
+def test_too_many_rejected_clips_fail_without_dataset_json(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None, overrides: list[str]
+) -> None:
+    """Above the limit, or all of them whatever the limit is."""
+    lines = [{"video": name, "caption": "x", "split": "train"} for name in ("empty.mp4", "sound.mp4")]
+    lines += [] if overrides else [GOOD]
+    with pytest.raises(RunError, match=r"2 of \d clips were rejected, .*max_rejected_fraction=.*the file is empty"):
+        build_custom(tmp_path / "out", annotate(*lines), videos, *overrides)
+    assert not (tmp_path / "out/dataset.json").exists()
+    with pytest.raises(DataError, match="its build has not finished"):
+        shards.read_dataset(str(tmp_path / "out"))
+
+
+def test_a_split_without_readable_clips_is_left_out(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None
+) -> None:
+    lines = [GOOD, {"video": "empty.mp4", "caption": "x", "split": "val"}]
+    built = build_custom(tmp_path / "out", annotate(*lines), videos, "max_rejected_fraction=0.5")
+    assert set(built.dataset.splits) == {"train"}
+
+
+def test_a_video_that_vanishes_is_no_rejected_clip(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = build_module._claim
+    monkeypatch.setattr(build_module, "_claim", lambda *a: (real(*a), (tmp_path / "in/a.mp4").unlink()))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.mp4").write_bytes((videos / "small.mp4").read_bytes())
+    with pytest.raises(storage.StorageError, match="is not seen by node"):
+        build_custom(tmp_path / "out", annotate({"video": "a.mp4", "caption": "x"}), tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "holds no annotations"),
+        (['{"video"'], "line 1: not valid JSON"),
+        ([{"video": "small.mp4"}], "line 1: no 'caption'"),
+    ],
+)
+def test_bad_annotations_are_one_line(
+    annotate: Annotate,
+    videos: Path,
+    tmp_path: Path,
+    lines: list[dict | str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = [f"source.annotations={annotate(*lines)}", f"source.videos={videos}", f"output={tmp_path / 'out'}"]
+    assert run(build_module, "custom", *source, monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("error: ")
+    assert message in told[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny"], "output is required: give output="),
+        (["tinny", "output=x"], "unknown preset 'tinny', did you mean 'tiny'?"),
+        (["tiny", "output=x", "video.crff=3"], "unknown key 'video.crff', did you mean 'video.crf'?"),
+        (["tiny", "output=x", "source.name=shapes"], "source.name: 'shapes' is not one of"),
+        (["custom", "output=x"], "source.annotations is required"),
+        (
+            ["custom", "output=x", "source.annotations=a", "source.videos=b", "source.val_fraction=0.95"],
+            "source.val_fraction=0.95 and source.test_fraction=0.1 are more than 1",
+        ),
+    ],
+)
+def test_bad_configs_are_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(build_module, *arguments, monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert message in told[0]
+
+
+def test_cpus_that_no_node_has(annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None) -> None:
+    with pytest.raises(configs.ConfigError, match=r"cpus_per_task=1000 is more than any Ray node has"):
+        build_custom(tmp_path / "out", annotate(GOOD), videos, "cpus_per_task=1000")
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[5000] ^= 1
+    path.write_bytes(data[:-1024] if how == "cut" else data)
+    if how == "remove":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_verify_names_the_damaged_shard(
+    copy: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verify_module, str(copy), monkeypatch=monkeypatch) == 0
+    damage(copy / "train/shard-000001.tar", how)
+    capsys.readouterr()
+    assert run(verify_module, str(copy), monkeypatch=monkeypatch) == 1
+    assert "error: 1 of 7 shards are damaged: train/shard-000001.tar" in capsys.readouterr().err
+
+
+def edit(path: Path, change: Callable[[dict], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def exchange(marker: dict) -> None:
+    """Offsets of two samples: the tar is whole, but the index leads to the wrong clip."""
+    first, second = marker["samples"][:2]
+    first["members"], second["members"] = second["members"], first["members"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        exchange,
+        lambda marker: marker["samples"].pop(),
+        lambda marker: marker["samples"][0].update(video_id="another"),
+        lambda marker: marker.update(sha256="0" * 64),
+        lambda marker: marker.update(plan_hash="0" * 64),
+    ],
+)
+def test_verify_compares_markers_too(copy: Path, change: Callable[[dict], object]) -> None:
+    edit(copy / "val/shard-000000.json", change)
+    with pytest.raises(DataError, match=r"1 of 7 shards are damaged: val/shard-000000\.tar"):
+        verify(str(copy))
+
+
+def test_verify_finds_a_video_that_is_there_twice(copy: Path) -> None:
+    def twice(dataset: dict) -> None:
+        entries = dataset["splits"]["train"]["shards"]
+        entries.append(entries[0])
+
+    edit(copy / "dataset.json", twice)
+    with pytest.raises(DataError, match=r"damaged: train/shard-000000\.tar"):
+        verify(str(copy))
+
+
+def test_verify_needs_a_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verify_module, str(tmp_path), monkeypatch=monkeypatch) == 1
+    assert "holds no dataset.json" in capsys.readouterr().err
+    assert run(verify_module, monkeypatch=monkeypatch) == 1
+    assert "expected one dataset, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not WEB_VIDEO.is_dir(), reason="../shared/data/web_video is not there")
+def test_real_web_videos(annotate: Annotate, tmp_path: Path, ray_here: None) -> None:
+    records = json.loads((WEB_VIDEO / "captions.json").read_text())[:6]
+    lines = [{"video": r["file"].partition("/")[2], "captions": r["captions"]} for r in records]
+    built = build_custom(tmp_path / "out", annotate(*lines), WEB_VIDEO)
+    assert sum(s.samples for s in built.dataset.splits.values()) == 6
+    assert built.dataset.rejected == 0
+    assert verify(str(tmp_path / "out")) == 6
