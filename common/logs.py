@@ -10,6 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 LINE_EVERY_S = 5.0
+OURS = ("__main__", "progress", "common", "datasets_prep", "training", "retrieval", "tuning", "cluster")
 
 
 def setup(rank: int | None = None) -> None:
@@ -22,14 +23,14 @@ def setup(rank: int | None = None) -> None:
     if job:
         who = f"{job} {who}"
     logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"),
+        level=logging.WARNING,
         format=f"%(asctime)s {who} %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
         force=True,
     )
-    for noisy in ("botocore", "boto3", "urllib3", "s3transfer", "alembic", "faiss"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for ours in OURS:
+        logging.getLogger(ours).setLevel(os.environ.get("LOG_LEVEL", "INFO"))
 
 
 class RateLimited:

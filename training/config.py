@@ -40,7 +40,7 @@ class MeanPoolConfig(TwoTowerConfig):
 
 
 class PromptSwitchConfig(TwoTowerConfig):
-    """Prompt Switch (ICCV 2023). Turning off cube, switch, aggregation and captioner gives the paper's ablation rows."""
+    """Prompt Switch (ICCV 2023); without cube, switch, aggregation or captioner: the paper's ablation rows."""
 
     name: Literal["prompt_switch"] = Field("prompt_switch", description="method")
     cube: bool = Field(True, description="add a prompt cube")

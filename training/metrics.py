@@ -10,6 +10,7 @@ Shapes: T texts, V videos, D joint width, C texts or videos of a chunk.
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,8 +78,7 @@ def _text_ranks(text_TD: Tensor, video_VD: Tensor, right: list[list[int]]) -> Te
     step = max(1, CHUNK_SCORES // len(video_VD))
     for start in range(0, len(text_TD), step):
         scores_CV = text_TD[start : start + step] @ video_VD.T
-        rows, columns = _pairs(right[start : start + step])
-        ranks.append(_ranks(scores_CV, rows, columns))
+        ranks.append(_ranks(scores_CV, right[start : start + step]))
     return torch.cat(ranks)
 
 
@@ -89,26 +89,23 @@ def _video_ranks(text_TD: Tensor, video_VD: Tensor, owner_T: Tensor, right: list
         for video in videos:
             also[video].update(videos)
     groups = [sorted(also[v]) for v in range(len(video_VD))]
+    by_owner = torch.argsort(owner_T, stable=True)
+    starts = torch.searchsorted(owner_T[by_owner], torch.arange(len(video_VD)))
+    sorted_TD = text_TD[by_owner]
     ranks = []
     step = max(1, CHUNK_SCORES // len(text_TD))
     for start in range(0, len(video_VD), step):
-        scores_CT = video_VD[start : start + step] @ text_TD.T
-        groups_CV = scores_CT.new_full((len(scores_CT), len(video_VD)), -torch.inf)
-        groups_CV.index_reduce_(1, owner_T, scores_CT, "amax")
-        ranks.append(_ranks(groups_CV, *_pairs(groups[start : start + step])))
+        scores_CT = video_VD[start : start + step] @ sorted_TD.T
+        groups_CV = torch.from_numpy(np.maximum.reduceat(scores_CT.numpy(), starts.numpy(), axis=1))
+        ranks.append(_ranks(groups_CV, groups[start : start + step]))
     return torch.cat(ranks)
 
 
-def _pairs(right: list[list[int]]) -> tuple[Tensor, Tensor]:
-    rows = [row for row, columns in enumerate(right) for _ in columns]
-    return torch.as_tensor(rows), torch.as_tensor([c for columns in right for c in columns])
-
-
-def _ranks(scores_CV: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Rank of each row's best right column among the wrong ones; (rows, columns) are the right pairs."""
-    best_C = scores_CV.new_full((len(scores_CV),), -torch.inf)
-    best_C.index_reduce_(0, rows, scores_CV[rows, columns], "amax")
+def _ranks(scores_CV: Tensor, right: list[list[int]]) -> Tensor:
+    """Rank of each row's best right column among the wrong ones."""
+    rows = torch.as_tensor([row for row, columns in enumerate(right) for _ in columns])
+    columns = torch.as_tensor([column for columns in right for column in columns])
     wrong_CV = scores_CV.index_put((rows, columns), scores_CV.new_tensor(-torch.inf))
-    higher_C = (wrong_CV > best_C[:, None]).sum(-1)
-    same_C = (wrong_CV == best_C[:, None]).sum(-1)
-    return 1 + higher_C + same_C / 2
+    right_CV = torch.full_like(scores_CV, -torch.inf).index_put((rows, columns), scores_CV[rows, columns])
+    best_C1 = right_CV.amax(-1, keepdim=True)
+    return 1 + (wrong_CV > best_C1).sum(-1) + (wrong_CV == best_C1).sum(-1) / 2

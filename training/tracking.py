@@ -76,13 +76,21 @@ def _create(config: TrainConfig, uri: str, run: str, dataset_sha256: str, parent
 
 def finish(config: TrainConfig, run_id: str, tags: dict[str, str], failed: bool = False) -> None:
     """Set final tags (the checkpoint's URL) and the run's status. An outage is a warning."""
+    set_tags(config, run_id, tags)
+    try:
+        _client(absolute_uri(config.tracking.uri)).set_terminated(run_id, "FAILED" if failed else "FINISHED")
+    except Exception as error:
+        log.warning("MLflow was not told that the run ended: %s", str(error).splitlines()[0])
+
+
+def set_tags(config: TrainConfig, run_id: str, tags: dict[str, str]) -> None:
+    """Tag a run, whether it is over or not. An outage is a warning."""
     try:
         client = _client(absolute_uri(config.tracking.uri))
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
-        client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
     except Exception as error:
-        log.warning("MLflow was not told that the run ended: %s", str(error).splitlines()[0])
+        log.warning("MLflow did not take the tags %s: %s", ", ".join(tags), str(error).splitlines()[0])
 
 
 def log_artifact(run: str, path: Path) -> None:

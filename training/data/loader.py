@@ -5,7 +5,9 @@ Shapes: B videos of this rank, F frames, C channels, H height, W width, L tokens
 
 import functools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from training.data.cache import ShardCache
 from training.data.decode import FrameSettings
 from training.data.plan import SampleOrder, caption_turn
 
+ROOT = Path(__file__).parents[2]
 Item = tuple[int, int, int]  # epoch, shard, row
 
 
@@ -141,6 +144,8 @@ def _loader(
         # Forked children of a process with Ray's or decord's threads deadlock; a fork server has neither.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["training.data.loader"])
+        # Python 3.11's fork server ignores the parent's sys.path, and a preload it can't import is dropped silently.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return DataLoader(
         data,
         batch_sampler=batches,

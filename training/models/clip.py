@@ -60,11 +60,17 @@ def build_clip(backbone: str, pretrained: str | None) -> open_clip.CLIP:
     """
     name = _register(backbone)
     weights = _local_weights(pretrained, name)
+    if weights is None:
+        logging.disable(logging.WARNING)  # open_clip warns that the weights are random, as asked
     try:
         model = open_clip.create_model(name, pretrained=weights)
-    except (RuntimeError, FileNotFoundError) as error:
+    except Exception as error:  # whatever torch.load, a hub client or load_state_dict raise
+        if weights is None:
+            raise
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.pretrained={pretrained} cannot be loaded into {backbone}: {reason}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     if not isinstance(model, open_clip.CLIP):
         raise ConfigError(f"model.backbone={backbone}: only CLIP's own text tower is supported, not a custom one")
     visual = model.visual
