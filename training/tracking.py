@@ -20,6 +20,7 @@ from training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 RECORD = "mlflow_run.json"
+LOCAL_SERVER = "http://127.0.0.1:5000"
 MAX_WAITING = 100_000
 
 
@@ -97,6 +98,14 @@ def log_artifact(run: str, path: Path) -> None:
     """Attach a local file to the MLflow run of a run folder."""
     record = json.loads(storage.read(storage.join(run, RECORD)))
     _client(record["uri"]).log_artifact(record["run_id"], str(path))
+
+
+def page(run: str) -> str:
+    """Where the MLflow run of a run folder can be seen; for a local store, in the server of `make mlflow`."""
+    record = json.loads(storage.read(storage.join(run, RECORD)))
+    server = LOCAL_SERVER if is_local(record["uri"]) else record["uri"]
+    experiment = _client(record["uri"]).get_run(record["run_id"]).info.experiment_id
+    return f"{server}/#/experiments/{experiment}/runs/{record['run_id']}"
 
 
 @ray.remote(num_cpus=0)
