@@ -2,15 +2,11 @@
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
-import ray
-
-# Kept beside the checkout and never committed; tests on it skip where it is absent.
-WEB_VIDEO = Path(__file__).parents[3] / "shared/data/web_video"
 
 
 def ffmpeg(*arguments: str) -> None:
@@ -59,13 +55,3 @@ def annotate(tmp_path: Path) -> Callable[..., str]:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small set of moving shapes, written by the first build that asks for it."""
     return tmp_path_factory.mktemp("shapes") / "videos"
-
-
-@pytest.fixture(scope="session")
-def ray_here() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        yield
-        ray.shutdown()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from cluster.local import RayCluster
 from common import config as configs
 from common import shards, storage
 from common.errors import DataError, RunError, exit_with
@@ -16,7 +17,6 @@ from datasets_prep import verify as verify_module
 from datasets_prep.build import Built, build, summary
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.verify import verify
-from tests.datasets_prep.conftest import WEB_VIDEO
 
 Annotate = Callable[..., str]
 Files = dict[str, tuple[int, bytes]]
@@ -55,7 +55,7 @@ def run(module: object, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, shapes: Path, ray_here: None) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory, shapes: Path, ray_local: RayCluster) -> Path:
     output = tmp_path_factory.mktemp("dataset")
     build_shapes(output, shapes)
     return output
@@ -140,7 +140,7 @@ GOOD = {"video": "small.mp4", "caption": "good", "split": "train"}
 
 
 def test_bad_clips_are_rejected_counted_and_shown(
-    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster
 ) -> None:
     bad = ["empty.mp4", "garbage.mp4", "cut.mp4", "sound.mp4", "nowhere.mp4"]
     lines = [GOOD, *({"video": name, "caption": "x", "split": "train"} for name in bad)]
@@ -164,7 +164,7 @@ def test_bad_clips_are_rejected_counted_and_shown(
 
 @pytest.mark.parametrize("overrides", [[], ["max_rejected_fraction=1"]])
 def test_too_many_rejected_clips_fail_without_dataset_json(
-    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None, overrides: list[str]
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, overrides: list[str]
 ) -> None:
     """Above the limit, or all of them whatever the limit is."""
     lines = [{"video": name, "caption": "x", "split": "train"} for name in ("empty.mp4", "sound.mp4")]
@@ -177,7 +177,7 @@ def test_too_many_rejected_clips_fail_without_dataset_json(
 
 
 def test_a_split_without_readable_clips_is_left_out(
-    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster
 ) -> None:
     lines = [GOOD, {"video": "empty.mp4", "caption": "x", "split": "val"}]
     built = build_custom(tmp_path / "out", annotate(*lines), videos, "max_rejected_fraction=0.5")
@@ -185,7 +185,7 @@ def test_a_split_without_readable_clips_is_left_out(
 
 
 def test_a_video_that_vanishes_is_no_rejected_clip(
-    annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = build_module._claim
     monkeypatch.setattr(build_module, "_claim", lambda *a: (real(*a), (tmp_path / "in/a.mp4").unlink()))
@@ -243,7 +243,7 @@ def test_bad_configs_are_one_line(
     assert message in told[0]
 
 
-def test_cpus_that_no_node_has(annotate: Annotate, videos: Path, tmp_path: Path, ray_here: None) -> None:
+def test_cpus_that_no_node_has(annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster) -> None:
     with pytest.raises(configs.ConfigError, match=r"cpus_per_task=1000 is more than any Ray node has"):
         build_custom(tmp_path / "out", annotate(GOOD), videos, "cpus_per_task=1000")
 
@@ -315,11 +315,49 @@ def test_verify_needs_a_dataset(
     assert "expected one dataset, got 0" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not WEB_VIDEO.is_dir(), reason="../shared/data/web_video is not there")
-def test_real_web_videos(annotate: Annotate, tmp_path: Path, ray_here: None) -> None:
-    records = json.loads((WEB_VIDEO / "captions.json").read_text())[:6]
+def test_real_web_videos(annotate: Annotate, tmp_path: Path, shared: Path, ray_local: RayCluster) -> None:
+    records = json.loads((shared / "data/web_video/captions.json").read_text())[:6]
     lines = [{"video": r["file"].partition("/")[2], "captions": r["captions"]} for r in records]
-    built = build_custom(tmp_path / "out", annotate(*lines), WEB_VIDEO)
+    built = build_custom(tmp_path / "out", annotate(*lines), shared / "data/web_video")
     assert sum(s.samples for s in built.dataset.splits.values()) == 6
     assert built.dataset.rejected == 0
     assert verify(str(tmp_path / "out")) == 6
+
+
+def test_s3_gives_the_same_dataset_and_resumes(s3: str, dataset: Path, shapes: Path) -> None:
+    build_shapes(s3, shapes)
+
+    def objects() -> dict[str, bytes]:
+        return {e.url.removeprefix(s3 + "/"): storage.read(e.url) for e in storage.list_files(s3)}
+
+    assert objects() == contents(dataset)
+    storage.delete(f"{s3}/val/shard-000000.json")
+    storage.publish_bytes(b"cut short", f"{s3}/test/shard-000000.tar")
+    with pytest.raises(DataError, match=r"2 of 7 shards are damaged: test/shard-000000\.tar, val/shard-000000\.tar"):
+        verify(s3)
+    build_shapes(s3, shapes)
+    assert objects() == contents(dataset)
+    assert verify(s3) == 50
+    with pytest.raises(RunError, match="another plan"):
+        build_shapes(s3, shapes, "video.gop=3")
+
+
+def test_annotations_and_videos_on_s3(s3: str, videos: Path, tmp_path: Path, ray_local: RayCluster) -> None:
+    for name in ("small.mp4", "empty.mp4"):
+        storage.publish(videos / name, f"{s3}/in/{name}")
+    lines = [json.dumps(line) for line in (GOOD, {**GOOD, "video": "empty.mp4"}, {**GOOD, "video": "nowhere.mp4"})]
+    storage.publish_bytes("\n".join(lines).encode(), f"{s3}/annotations.jsonl")
+    overrides = [f"source.annotations={s3}/annotations.jsonl", f"source.videos={s3}/in", "max_rejected_fraction=0.7"]
+    built = build(load("custom", tmp_path / "out", *overrides))
+    assert set(built.reasons) == {"the file is empty", "there is no such file in source.videos"}
+    assert built.dataset.split("train").samples == 1
+
+
+def test_a_missing_bucket_is_one_line(
+    s3: str, shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["tiny", f"source.videos={shapes}", "output=s3://no-such-bucket/x"]
+    assert run(build_module, *arguments, monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert "bucket 'no-such-bucket' does not exist" in told[0]
