@@ -5,11 +5,13 @@ process tree finds all of them. The environment does: each child starts with a r
 inherit. A process is signalled by pid, through a handle taken before its mark is read, so never another one.
 """
 
+import ctypes
 import os
 import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +20,23 @@ from common.errors import RunError
 
 MARK = "LOCAL_CLUSTER_MARK"
 GRPC_OFFSET = 10_000  # SeaweedFS adds it to an HTTP port
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+_libc = ctypes.CDLL(None)
+_children: list[subprocess.Popen[bytes]] = []  # to be reaped by `end`
 
 
-def start(argv: Sequence[str], env: Mapping[str, str], mark: str, log: Path) -> subprocess.Popen[bytes]:
-    """Start `argv` in the folder of `log`, its output appended there; Ctrl-C in the terminal does not reach it."""
+def start(
+    argv: Sequence[str], env: Mapping[str, str], mark: str, log: Path, detached: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start `argv` in the folder of `log`, its output appended there; Ctrl-C in the terminal does not reach it.
+
+    Unless `detached`, it gets SIGTERM should this process (the thread that calls) die without ending it.
+    """
     # Ray renames its processes; SPT_NOENV keeps that from overwriting the environment that is read below.
     marked_env = {**env, MARK: mark, "SPT_NOENV": "1"}
     with open(log, "ab") as out:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             argv,
             cwd=log.parent,
             env=marked_env,
@@ -33,7 +44,10 @@ def start(argv: Sequence[str], env: Mapping[str, str], mark: str, log: Path) -> 
             stdout=out,
             stderr=out,
             start_new_session=True,
+            preexec_fn=None if detached else lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )
+    _children.append(child)
+    return child
 
 
 def alive(mark: str) -> list[int]:
@@ -55,6 +69,7 @@ def end(mark: str, grace_s: float = 0.0) -> None:
     for _ in range(50):  # a process may be starting another one just now
         _signal(mark, signal.SIGKILL)
         if not alive(mark):
+            _children[:] = [child for child in _children if child.poll() is None]
             return
         time.sleep(0.1)
     raise RunError(f"processes {alive(mark)} could not be ended: look at them with ps")
@@ -75,7 +90,7 @@ def wait_for(ready: Callable[[], bool], child: subprocess.Popen[bytes], what: st
 def free_ports(count: int) -> list[int]:
     """`count` ports that nobody listens on, each with its port + 10000 free too.
 
-    They lie above Ray's worker ports (10002-19999) and below those the kernel hands out (32768 and up), so none is taken
+    They lie above Ray's worker ports (10002-19999) and below those the kernel hands out (from 32768), so none is taken
     by a passing connection. Random, so that two programs that look at the same time rarely choose the same.
     """
     candidates = random.SystemRandom().sample(range(20_000, 30_000), 500)
@@ -87,6 +102,18 @@ def free_ports(count: int) -> list[int]:
             ports.append(port)
     assert len(ports) == count, "hardly any free port on this machine"
     return ports
+
+
+def path() -> str:
+    """PATH with this interpreter's folder first."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, from its first byte on."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
 
 
 def _signal(mark: str, number: int) -> None:

@@ -21,7 +21,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server with the bucket `tests`; AWS_* of this process point to it."""
-    server = start_s3(tmp_path_factory.mktemp("s3"), buckets=["tests"])
+    server = start_s3(tmp_path_factory.mktemp("s3"), ["tests"])
     with pytest.MonkeyPatch.context() as patch:
         # What a developer's shell may hold would win over the variables below.
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION"):

@@ -1,0 +1,112 @@
+"""Ray nodes on this machine, with dashboard, job server and token authentication."""
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster import processes
+
+START_TIMEOUT_S = 120.0
+OBJECT_STORE_BYTES = 300_000_000
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """Running Ray nodes. `env` are the variables that ray.init, `ray job submit` and the State API need."""
+
+    address: str
+    dashboard_url: str
+    env: dict[str, str] = field(repr=False)
+    mark: str
+    temp: str
+
+    def stop(self) -> None:
+        # At once: a throw-away cluster has nothing to save, and Ray's own way out takes ten seconds.
+        processes.end(self.mark)
+        shutil.rmtree(self.temp, ignore_errors=True)
+
+
+def start_ray(
+    folder: Path,
+    num_nodes: int = 1,
+    cpus_per_node: int = 2,
+    env: Mapping[str, str] | None = None,
+    detached: bool = False,
+) -> RayCluster:
+    """Start a head and `num_nodes - 1` more Ray nodes with token authentication; returns once all are alive.
+
+    Args:
+        folder: for logs and the token.
+        cpus_per_node: logical CPUs of each node. GPUs, if there are any, belong to the head.
+        env: variables for all processes of the nodes, jobs included (this is how AWS_* reach a job).
+        detached: it outlives this process.
+
+    Raises:
+        RunError: a node did not start.
+    """
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / "ray_token"
+    processes.write_private(token, secrets.token_hex(32))
+    temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets below it: a path has at most 107 bytes
+    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    node_env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        **(env or {}),
+        **auth,
+        "PATH": processes.path(),  # a job's `python` is the one that the node finds
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    gcs, dashboard, client = processes.free_ports(3)
+    address, dashboard_url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+    head = ["--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    head.append(f"--ray-client-server-port={client}")
+    variables = {**auth, "RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard_url}
+    cluster = RayCluster(address, dashboard_url, variables, secrets.token_hex(16), str(temp))
+    try:
+        for number in range(num_nodes):
+            options = head if number == 0 else [f"--address={address}", "--num-gpus=0"]
+            argv = _ray_start([*options, f"--num-cpus={cpus_per_node}", f"--temp-dir={temp / str(number)}"])
+            log = folder / f"ray-{number}.log"
+            child = processes.start(argv, node_env, cluster.mark, log, detached)
+            processes.wait_for(
+                lambda alive=number + 1: _alive_nodes(dashboard_url, token) == alive,  # type: ignore[misc]
+                child,
+                f"Ray node {number}",
+                log,
+                START_TIMEOUT_S,
+            )
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+def _ray_start(options: Sequence[str]) -> list[str]:
+    agent, agent_grpc, runtime_env, metrics = processes.free_ports(4)
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options),
+        *("--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"),  # 0: the kernel's choice
+        *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
+        *(f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}"),
+        *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--log-color=false"),
+    ]
+
+
+def _alive_nodes(dashboard_url: str, token: Path) -> int:
+    request = urllib.request.Request(f"{dashboard_url}/nodes?view=summary")
+    request.add_header("Authorization", f"Bearer {token.read_text()}")
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+    except (OSError, ValueError):
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
