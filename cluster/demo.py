@@ -85,7 +85,10 @@ def report(stages_s: Mapping[str, float]) -> dict[str, Any]:
         "num_videos": int(scores["num_videos"]),
         "stages_s": {name: round(seconds, 1) for name, seconds in stages_s.items()},
         "mlflow_run": None,
-        **{"dataset": DATASET, "run": RUN, "index": INDEX, "contact_sheet": str(sheet)},
+        "dataset": DATASET,
+        "run": RUN,
+        "index": INDEX,
+        "contact_sheet": str(sheet),
     }
     with contextlib.suppress(NotFoundError):  # MLflow was out, and training went on without it
         tracking.log_artifact(RUN, sheet)

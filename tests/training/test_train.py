@@ -1,0 +1,128 @@
+"""Whole runs on a real Ray cluster, S3 server and MLflow store."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+import ray
+import safetensors.torch
+from ray.train import UserCallback
+
+from common import storage
+from common.config import apply, dump
+from common.errors import ConfigError, DataError, RunError, StorageError
+from tests.entry import assert_refused, run
+from training.checkpoint import best_url, load_run, run_url
+from training.config import TrainConfig
+from training.train import only_driver, train
+
+
+@pytest.fixture(autouse=True)
+def driver(ray_local: object) -> None:
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+
+
+class StopAfterFirstReport(UserCallback):
+    """A driver that dies right after the first checkpoint is committed."""
+
+    def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
+        raise RuntimeError("the driver is gone")
+
+
+def train_losses(config: TrainConfig) -> list[tuple[int, float]]:
+    """(step, loss) as MLflow has them, in the order of logging."""
+    record = json.loads(storage.read(storage.join(run_url(config), "mlflow_run.json")))
+    client = mlflow.MlflowClient(config.tracking.uri)
+    return [(m.step, m.value) for m in client.get_metric_history(record["run_id"], "train/loss")]
+
+
+def weights(config: TrainConfig, path: Path) -> dict:
+    storage.download(best_url(run_url(config)), path)
+    return safetensors.torch.load_file(path)
+
+
+def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
+    result = train(tiny)
+    url = run_url(tiny)
+    assert result["num_videos"] == 8 and 0 <= result["order"] <= 1
+    assert json.loads(storage.read(storage.join(url, "result.json"))) == result
+    assert storage.read(storage.join(url, "config.yaml")).decode() == dump(tiny)
+    config, model = load_run(url)
+    assert config == tiny and not model.training
+    record = json.loads(storage.read(storage.join(url, "mlflow_run.json")))
+    tracked = mlflow.MlflowClient(tiny.tracking.uri).get_run(record["run_id"])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["optim.lr"] == "0.001"
+    assert tracked.data.tags["best_checkpoint"] == best_url(url)
+    assert {"train/loss", "train/caption", "val/order", "test/r1"} <= set(tracked.data.metrics)
+    assert [step for step, _ in train_losses(tiny)] == [1, 2, 3, 4]
+    # The same again prints the result and does nothing; another configuration under the name is refused.
+    assert train(tiny) == result
+    with pytest.raises(RunError, match=r"optim.lr was 0.001, is 0.5.*choose another run.name"):
+        train(apply(tiny, {"optim.lr": 0.5}))
+    # Its config.yaml is a preset: another name repeats the run.
+    again = run("training.train", storage.join(url, "config.yaml"), "run.name=again", timeout_s=300)
+    assert again.code == 0, again.err
+    assert json.loads(again.out[again.out.index("{") :])["r5"] == result["r5"]
+
+
+def test_a_stopped_run_goes_on_where_its_checkpoint_is_and_ends_the_same(tiny: TrainConfig, tmp_path: Path):
+    whole, parts = apply(tiny, {"run.name": "whole"}), apply(tiny, {"run.name": "parts"})
+    expected = train(whole)
+    with pytest.raises(Exception, match="the driver is gone"):
+        train(apply(parts, {"workers.max_failures": 0}), callbacks=[StopAfterFirstReport()])
+    assert train(parts) == expected
+    assert train_losses(parts) == train_losses(whole)  # each step once, the same to the bit
+    one, other = weights(whole, tmp_path / "a"), weights(parts, tmp_path / "b")
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_the_number_of_ranks_does_not_change_the_training(tiny: TrainConfig):
+    losses = {}
+    for ranks in (1, 2, 4):
+        config = apply(tiny, {"run.name": f"ranks{ranks}", "workers.num_workers": ranks})
+        train(config)
+        losses[ranks] = [loss for _, loss in train_losses(config)]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):
+    with only_driver(run_url(tiny)), pytest.raises(RunError, match="another driver"):
+        train(tiny)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data.dataset": "s3://no-such-bucket-here/x"}, StorageError, "bucket 'no-such-bucket-here' does not exist"),
+        ({"data.dataset": "s3://tests/nothing"}, DataError, "holds no dataset.json"),
+        ({"data.val": "dev"}, DataError, "no split 'dev'; it has test, train, val"),
+        ({"run.storage": "s3://no-such-bucket-here"}, StorageError, "bucket 'no-such-bucket-here' does not exist"),
+        ({"optim.batch_size": 1000}, ConfigError, "optim.batch_size=1000 is more than the 24 training videos"),
+        ({"workers.num_workers": 99}, ConfigError, "lower workers.num_workers"),
+        ({"model.backbone": "ViT-Z"}, ConfigError, "model.backbone=ViT-Z is unknown"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_worker_starts(tiny: TrainConfig, changes: dict, error: type, message: str):
+    with pytest.raises(error, match=message):
+        train(apply(tiny, changes))
+
+
+def test_a_damaged_shard_ends_the_run_with_its_name(tiny: TrainConfig, shapes: str, s3: str):
+    copy = storage.join(s3, "damaged")
+    for entry in storage.list_files(shapes):
+        data = storage.read(entry.url)
+        if "/train/" in entry.url and entry.url.endswith(".tar"):
+            data = data[:-1000] + bytes(1000)[:-1] + b"x"
+        storage.publish_bytes(data, copy + entry.url.removeprefix(shapes))
+    with pytest.raises(DataError, match=r"train/shard-00000\d.tar is damaged"):
+        train(apply(tiny, {"data.dataset": copy, "workers.max_failures": 0}))
+
+
+def test_the_command_line_tells_mistakes_in_one_sentence():
+    assert_refused(run("training.train", "tinny"), "unknown preset 'tinny', did you mean 'tiny'")
+    assert_refused(run("training.train", "tiny", "optim.lrr=1"), "unknown key 'optim.lrr', did you mean 'optim.lr'")
+    assert_refused(run("training.train", "tiny", "optim.steps=many"), 'optim.steps="many"', "integer")
+    assert_refused(run("training.train", "tiny", "model.captioner=null"), "losses.caption=0.5 needs a caption head")
