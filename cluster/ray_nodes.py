@@ -1,6 +1,7 @@
 """Ray nodes on this machine, with dashboard, job server and token authentication."""
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -12,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import processes
+from common.errors import RunError
+
+log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0
 OBJECT_STORE_BYTES = 300_000_000
@@ -43,7 +47,7 @@ def start_ray(
     """Start a head and `num_nodes - 1` more Ray nodes with token authentication; returns once all are alive.
 
     Args:
-        folder: for logs and the token.
+        folder: for logs and the token; a token that is there already stays.
         cpus_per_node: logical CPUs of each node. GPUs, if there are any, belong to the head.
         env: variables for all processes of the nodes, jobs included (this is how AWS_* reach a job).
         detached: it outlives this process.
@@ -51,15 +55,24 @@ def start_ray(
     Raises:
         RunError: a node did not start.
     """
-    folder = folder.absolute()
+    try:
+        return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
+    except RunError as error:
+        # Ray gives a node 30 s to register, a constant in its code; on a busy machine that can be too short.
+        log.warning("%s; starting Ray once more", error)
+        return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
+
+
+def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[str, str], detached: bool) -> RayCluster:
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / "ray_token"
-    processes.write_private(token, secrets.token_hex(32))
+    if not token.exists():
+        processes.write_private(token, secrets.token_hex(32))
     temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets below it: a path has at most 107 bytes
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     node_env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-        **(env or {}),
+        **env,
         **auth,
         "PATH": processes.path(),  # a job's `python` is the one that the node finds
         "OMP_NUM_THREADS": "1",
@@ -75,13 +88,13 @@ def start_ray(
         for number in range(num_nodes):
             options = head if number == 0 else [f"--address={address}", "--num-gpus=0"]
             argv = _ray_start([*options, f"--num-cpus={cpus_per_node}", f"--temp-dir={temp / str(number)}"])
-            log = folder / f"ray-{number}.log"
-            child = processes.start(argv, node_env, cluster.mark, log, detached)
+            output = folder / f"ray-{number}.log"
+            child = processes.start(argv, node_env, cluster.mark, output, detached)
             processes.wait_for(
                 lambda alive=number + 1: _alive_nodes(dashboard_url, token) == alive,  # type: ignore[misc]
                 child,
                 f"Ray node {number}",
-                log,
+                output,
                 START_TIMEOUT_S,
             )
     except BaseException:

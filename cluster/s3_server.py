@@ -1,6 +1,6 @@
 """A real S3 server (SeaweedFS, one process) on free ports of 127.0.0.1.
 
-The S3 port asks for credentials; the server's inner ports do not, so whoever is logged in on this machine can reach them.
+The S3 port asks for credentials; the inner ports do not: whoever is logged in on this machine can reach them.
 """
 
 import json

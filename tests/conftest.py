@@ -1,7 +1,11 @@
 """Real parts for all tests: one S3 server and one Ray cluster for the session, both started on first use."""
 
+import atexit
 import os
+import secrets
+import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +13,22 @@ from pathlib import Path
 import pytest
 
 from cluster.local import RayCluster, S3Server, start_ray, start_s3
+from cluster.processes import write_private
 
 REPOSITORY = Path(__file__).parents[1]
-# A test that starts a Ray of its own (`ray.init(address="local")`) must neither write a token under the home folder nor
-# need one; `ray_local` sets "token" for its own cluster.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# Ray reads its authentication mode once, when it is imported, and that is before any fixture runs. So mode and token
+# are set here: for `ray_local`, and for a test that starts a Ray of its own, which would else write a token under the
+# home folder.
+RAY_FOLDER = Path(tempfile.mkdtemp(prefix="tests-ray-"))
+atexit.register(shutil.rmtree, RAY_FOLDER, ignore_errors=True)
+write_private(RAY_FOLDER / "ray_token", secrets.token_hex(32))
+os.environ.update(
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN_PATH=str(RAY_FOLDER / "ray_token"),
+    RAY_USAGE_STATS_ENABLED="0",
+    MLFLOW_DISABLE_TELEMETRY="true",
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +52,12 @@ def s3(s3_server: S3Server) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+def ray_local(s3_server: S3Server) -> Iterator[RayCluster]:
     """One Ray node of 4 logical CPUs with dashboard, job server and token; RAY_* of this process point to it.
 
     It does not connect this process: a test that is a driver calls `ray.init(ignore_reinit_error=True)`.
     """
-    cluster = start_ray(tmp_path_factory.mktemp("ray"), num_nodes=1, cpus_per_node=4, env=s3_server.env)
+    cluster = start_ray(RAY_FOLDER, num_nodes=1, cpus_per_node=4, env=s3_server.env)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.env.items():
             patch.setenv(name, value)
