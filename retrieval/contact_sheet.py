@@ -26,9 +26,9 @@ header p, footer { margin: 0; color: var(--soft); font-size: 13px; overflow-wrap
 ol { list-style: none; margin: 24px 0; padding: 0; display: grid; gap: 14px }
 li { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px 14px }
 .head { display: flex; align-items: baseline; gap: 12px; margin-bottom: 10px }
-.rank { min-width: 1.6em; font-size: 20px; font-weight: 650; color: var(--accent) }
-.id { flex: 1; font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px; overflow-wrap: anywhere }
-.score { font-variant-numeric: tabular-nums; font-weight: 600 }
+.rank { min-width: 1.1em; font-size: 20px; font-weight: 650; color: var(--accent) }
+.id { flex: 1; color: var(--soft); font: 13px ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere }
+.score { min-width: 3.4em; text-align: right; font-variant-numeric: tabular-nums; font-weight: 600 }
 .bar { width: 110px; height: 6px; border-radius: 3px; background: var(--line); overflow: hidden; align-self: center }
 .bar i { display: block; height: 100%; background: var(--accent) }
 .strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 4px }

@@ -25,7 +25,7 @@ from training.config import TrainConfig
 from training.data import decode
 from training.data.cache import ShardCache
 from training.data.loader import eval_frames
-from training.evaluate import encode_clips
+from training.encode import encode_clips
 from training.models import TwoTower
 
 

@@ -1,11 +1,15 @@
 """Shards → vectors: values, resume, and what is refused."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from torch import nn
 
@@ -15,11 +19,12 @@ from retrieval import encoder
 from retrieval.config import EmbedConfig
 from retrieval.embed import embed
 from retrieval.embeddings import part_name, read_embeddings, read_part
+from tests.entry import REPOSITORY
 from tests.retrieval.conftest import SHARD_SIZES, embed_here, settings, write_dataset, write_run
 from training.checkpoint import load_run, run_url, save_best
 from training.data.decode import decode_clip
 from training.data.loader import eval_frames
-from training.evaluate import encode_clips
+from training.encode import encode_clips
 
 
 def test_a_row_is_the_vector_of_the_clip_at_its_bytes(run: str, dataset: Path, vectors: str) -> None:
@@ -151,7 +156,13 @@ def test_a_submitted_job_needs_absolute_paths(
         embed_here(embed_config.model_copy(update={"output": "vectors"}))
 
 
-@pytest.mark.usefixtures("ray_local")
+@pytest.fixture
+def ray_driver(ray_local: object) -> None:
+    """This process, connected to the shared cluster."""
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+
+
+@pytest.mark.usefixtures("ray_driver")
 class TestOnRay:
     def test_the_pool_writes_what_one_process_writes(self, run: str, vectors: str, tmp_path: Path) -> None:
         config = settings(run, tmp_path)
@@ -179,6 +190,24 @@ class TestOnRay:
         config = settings(run, tmp_path)
         assert embed(config).videos == sum(SHARD_SIZES)
         assert (tmp_path / "vectors" / "died").exists()
+
+    @pytest.mark.slow
+    def test_a_killed_driver_is_taken_up_where_it_was(self, run: str, tmp_path: Path) -> None:
+        data = write_dataset(tmp_path / "data", (2,) * 12)
+        config = settings(run, tmp_path, dataset=str(data))
+        given = [f"{key}={value}" for key, value in config.model_dump(exclude_none=True).items() if key != "use_gpu"]
+        driver = subprocess.Popen([sys.executable, "-m", "retrieval.embed", "tiny", *given], cwd=REPOSITORY)
+        output = Path(config.output)
+        while not list(output.glob("part-*.parquet")):
+            assert driver.poll() is None
+            time.sleep(0.01)
+        driver.kill()
+        driver.wait()
+        assert not (output / "embeddings.json").exists()
+        before = {path: path.stat().st_mtime_ns for path in output.glob("part-*.parquet")}
+        assert embed(config).videos == 24
+        assert len(list(output.glob("part-*.parquet"))) == 12
+        assert {path: path.stat().st_mtime_ns for path in before} == before
 
     def test_actors_that_die_again_and_again_are_given_up(
         self, embed_config: EmbedConfig, monkeypatch: pytest.MonkeyPatch

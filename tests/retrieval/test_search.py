@@ -5,24 +5,26 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 
+from common import config as configs
 from common import storage
 from common.errors import ConfigError, DataError, RunError, StorageError, exit_with
 from retrieval import search as command
-from retrieval.config import IndexConfig, SearchConfig
+from retrieval.config import PRESETS, EmbedConfig, IndexConfig, SearchConfig
 from retrieval.embed import embed
-from retrieval.embeddings import Videos, part_name, read_embeddings, read_part, write_part
+from retrieval.embeddings import Source, Videos, part_name, read_embeddings, read_part, write_part
 from retrieval.index import build, open_index
 from retrieval.search import search
+from tests import entry
 from tests.retrieval.conftest import embed_here, settings, write_dataset, write_run
 from training import models
 from training.checkpoint import load_run
@@ -65,12 +67,7 @@ def test_an_index_is_replaced_whole(run: str, index: str, tmp_path: Path) -> Non
 
 def test_a_video_in_two_parts_is_refused(vectors: str, tmp_path: Path) -> None:
     copy = str(shutil.copytree(vectors, tmp_path / "vectors"))
-    embeddings = read_embeddings(copy)
-    nothing: list[list[str]] = [[], []]
-    videos = Videos(
-        video_ids=["video000", "x"], caption_ids=nothing, captions=nothing, keys=["", ""], offsets=[0, 0], sizes=[0, 0]
-    )
-    write_part(f"{copy}/{part_name(1)}", embeddings.source, "test", np.zeros((2, 64), np.float32), videos)
+    _replace_part(copy, read_embeddings(copy).source, ["video000", "x"])
     with pytest.raises(DataError, match="holds video video000 more than once"):
         build(IndexConfig(embeddings=copy, output=str(tmp_path / "index")))
 
@@ -79,6 +76,9 @@ def test_a_part_of_another_source_or_damaged_is_refused(vectors: str, tmp_path: 
     copy = shutil.copytree(vectors, tmp_path / "vectors")
     shutil.copy(copy / part_name(0), copy / part_name(1))
     config = IndexConfig(embeddings=str(copy), output=str(tmp_path / "index"))
+    with pytest.raises(DataError, match=r"part-000001.parquet is not the part that embeddings.json names"):
+        build(config)
+    _replace_part(str(copy), read_embeddings(str(copy)).source.model_copy(update={"views": 9}), ["a", "b"])
     with pytest.raises(DataError, match=r"part-000001.parquet is not the part that embeddings.json names"):
         build(config)
     (copy / part_name(1)).write_bytes(b"PAR1")
@@ -90,6 +90,14 @@ def test_a_part_of_another_source_or_damaged_is_refused(vectors: str, tmp_path: 
     (copy / "embeddings.json").unlink()
     with pytest.raises(DataError, match=r"retrieval.embed has not finished"):
         build(config)
+
+
+def _replace_part(url: str, source: Source, names: list[str]) -> None:
+    """Put a part of other videos in the place of the second one."""
+    nothing: list[list[str]] = [[] for _ in names]
+    zeros = [0] * len(names)
+    videos = Videos(video_ids=names, caption_ids=nothing, captions=nothing, keys=names, offsets=zeros, sizes=zeros)
+    write_part(f"{url}/{part_name(1)}", source, "test", np.zeros((len(names), 64), np.float32), videos)
 
 
 def test_other_weights_than_the_embedding_ones_are_refused(index: str, dataset: Path, tmp_path: Path) -> None:
@@ -185,35 +193,32 @@ def test_a_missing_index_is_one_line_and_exit_code_1(
 
 
 def test_the_program_prints_json_alone(index: str) -> None:
-    command = [sys.executable, "-m", "retrieval.search", "a red square", f"index={index}", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["hits"]) == 8
+    done = entry.run("retrieval.search", "a red square", f"index={index}", "--json")
+    assert done.code == 0, done.err
+    assert len(json.loads(done.out)["hits"]) == 8
 
 
-@pytest.mark.parametrize("entry", ["embed", "index", "search"])
-def test_the_presets_load(entry: str) -> None:
-    from common import config
-    from retrieval.config import PRESETS, EmbedConfig
-
+@pytest.mark.parametrize("name", ["embed", "index", "search"])
+def test_the_presets_load(name: str) -> None:
     schema, given = {
         "embed": (EmbedConfig, ["run=r"]),
         "index": (IndexConfig, []),
         "search": (SearchConfig, ["query=q"]),
-    }[entry]
-    assert config.preset_names(PRESETS / entry) == ["default", "tiny"]
-    for name in ("default", "tiny"):
-        config.load(schema, name, given, PRESETS / entry)
+    }[name]
+    assert configs.preset_names(PRESETS / name) == ["default", "tiny"]
+    for preset in ("default", "tiny"):
+        configs.load(schema, preset, given, PRESETS / name)
 
 
 def test_everything_on_s3(s3: Callable[[], str], ray_local: object, run: str, dataset: Path, tmp_path: Path) -> None:
     root = s3
     data = storage.join(root, "data")
-    for entry in storage.list_files(str(dataset)):
-        storage.publish(Path(entry.url), storage.join(data, entry.url.removeprefix(str(dataset))))
+    for file in storage.list_files(str(dataset)):
+        storage.publish(Path(file.url), storage.join(data, file.url.removeprefix(str(dataset))))
     for name in ("config.yaml", "best/model.safetensors"):
         storage.publish(Path(run, name), storage.join(root, "run", name))
     config = settings(storage.join(root, "run"), tmp_path, dataset=data, output=storage.join(root, "vectors"))
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
     embed(config)
     build(IndexConfig(embeddings=config.output, output=storage.join(root, "index")))
     page = storage.join(root, "sheet.html")
