@@ -1,69 +1,69 @@
-"""Encode a split over all ranks and score retrieval.
+"""Metrics of a finished run's best weights, over all workers of a Ray cluster.
 
-`python -m training.evaluate RUN split=test` evaluates the best weights of a finished run; RUN is the run's folder
-(STORAGE/NAME) or its config.yaml.
+    python -m training.evaluate RUN [data.test=SPLIT] [eval.views=1] ...
 
-Shapes: B videos, T texts, V videos of the split, F frames, D joint width.
+RUN is the run's folder (STORAGE/NAME); its config.yaml is the preset, and data.test names the split to evaluate.
 """
 
-from collections.abc import Callable, Iterable
+import json
+import logging
+import sys
+import time
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+import ray
+from ray.train import RunConfig
+from ray.train.torch import TorchTrainer, get_device
 
-from training import metrics
-from training.collectives import gather_objects
-from training.config import EvalConfig
-from training.data.loader import EvalBatch
-from training.models import TwoTower
-
-
-def encode_clips(model: TwoTower, frames_BFCHW: Tensor, views: int) -> Tensor:
-    """Unit vectors BD of videos given as `views` clips each, view by view along F.
-
-    Each view is a clip of its own to the encoder; the vector is the mean of the unit frame vectors of all views, which
-    is the official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
-    """
-    clips = frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1)
-    frames_BFD = normalize(model.encode_video(clips).frames_BFD, dim=-1)
-    return normalize(frames_BFD.unflatten(0, (-1, views)).mean(dim=(1, 2)), dim=-1)
+from common import config as configs
+from common import logs, shards, storage
+from common.errors import ConfigError, exit_with, told
+from training import models
+from training.checkpoint import run_url
+from training.config import PRESETS, TrainConfig
+from training.loop import test_metrics
+from training.train import require_absolute, scaling
 
 
-@torch.no_grad()
-def evaluate(
-    model: TwoTower,
-    batches: Iterable[EvalBatch],
-    tokenize: Callable[[list[str]], Tensor],
-    config: EvalConfig,
-    device: torch.device,
-) -> dict[str, float]:
-    """Metrics of a split whose videos are spread over the ranks. The same dict on every rank. A collective."""
-    was_training = model.training
-    model.eval()
-    videos, texts, infos = [], [], []
-    for batch in batches:
-        videos.append(encode_clips(model, batch.frames_BFCHW.to(device, non_blocking=True), config.views).float().cpu())
-        sentences = [c.text for info in batch.videos for c in info.captions]
-        for start in range(0, len(sentences), 256):
-            tokens_TL = tokenize(sentences[start : start + 256]).to(device)
-            texts.append(model.encode_text(tokens_TL).vector_TD.float().cpu())
-        infos.extend(batch.videos)
-    model.train(was_training)
-    parts = gather_objects((videos, texts, infos))
-    return score(
-        [v for p in parts for v in p[0]], [t for p in parts for t in p[1]], [i for p in parts for i in p[2]], config
+def evaluate_run(config: TrainConfig) -> dict[str, float]:
+    """Test metrics of the run that `config` names. Raises RunError, DataError as one sentence."""
+    require_absolute(config)
+    if config.data.test is None:
+        raise ConfigError("data.test is null: give data.test=SPLIT")
+    dataset, _ = shards.read_dataset(config.data.dataset)
+    dataset.split(config.data.test)
+    name = f"{config.data.test}-{time.strftime('%Y%m%d-%H%M%S')}"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=config.model_dump(mode="json"),
+        scaling_config=scaling(config),
+        run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), "evaluations")),
     )
-
-
-def score(videos: list[Tensor], texts: list[Tensor], infos: list, config: EvalConfig) -> dict[str, float]:
-    """Metrics from the vectors of all ranks; `infos` are the SampleInfos in the order of the videos."""
-    text_TD, video_VD = torch.cat(texts), torch.cat(videos)
-    owner_T = [v for v, info in enumerate(infos) for _ in info.captions]
-    sentences = [c.text for info in infos for c in info.captions]
-    result = metrics.retrieval_metrics(text_TD, video_VD, sentences, owner_T)
-    result["rsum"] = result["r1"] + result["r5"] + result["r10"]
-    if config.twins:
-        result["order"] = metrics.order_score(text_TD, video_VD, owner_T, [info.source_id for info in infos])
-    result["num_videos"] = float(len(video_VD))
+    try:
+        result: dict[str, float] = trainer.fit().return_value  # type: ignore[attr-defined]
+    except Exception as error:
+        raise (told(error) or error) from None
     return result
+
+
+def _worker(values: dict[str, Any]) -> dict[str, float]:
+    config = TrainConfig.model_validate(values)
+    logs.setup(ray.train.get_context().get_world_rank())
+    device = get_device()
+    model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
+    return test_metrics(config, model, run_url(config), device, None)
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".yaml"):
+        arguments[0] = storage.join(arguments[0], "config.yaml")
+    config = configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments)
+    logs.setup()
+    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    print(json.dumps({"run": run_url(config), "split": config.data.test, **evaluate_run(config)}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -20,7 +20,7 @@ from training import checkpoint, losses, models, optim
 from training.collectives import sum_over_ranks
 from training.config import TrainConfig
 from training.data.loader import EvalBatch, eval_loader, open_cache, train_loader
-from training.evaluate import evaluate
+from training.encode import evaluate
 from training.models.clip import frequent_ids
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from common.config import validate
 from common.errors import ConfigError
 from training import models
 from training.config import MeanPoolConfig, PromptSwitchConfig
-from training.evaluate import encode_clips
+from training.encode import encode_clips
 from training.models import clip as clip_tower
 from training.models.clip import open_clip
 

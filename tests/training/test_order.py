@@ -7,7 +7,7 @@ from common.config import apply
 from training import models
 from training.config import TrainConfig
 from training.data.loader import eval_loader, open_cache
-from training.evaluate import evaluate
+from training.encode import evaluate
 
 
 def test_sorted_evaluation_frames_of_clip_and_twin_are_equal_and_mean_pooling_scores_half(tiny: TrainConfig):
