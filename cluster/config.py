@@ -1,8 +1,23 @@
-"""The configuration of a local cluster. Light on purpose: no ray."""
+"""The configuration of a local cluster, and the schema of each command that can be submitted. Light: no ray."""
+
+from pathlib import Path
 
 from pydantic import Field, PositiveInt
 
+import datasets_prep.config
+import retrieval.config
+import training.config
+import tuning.config
 from common.config import Settings
+
+# Module → the schema of its configuration, and the folder of its presets.
+COMMANDS: dict[str, tuple[type[Settings], Path]] = {
+    "datasets_prep.build": (datasets_prep.config.BuildConfig, datasets_prep.config.PRESETS),
+    "training.train": (training.config.TrainConfig, training.config.PRESETS),
+    "retrieval.embed": (retrieval.config.EmbedConfig, retrieval.config.PRESETS / "embed"),
+    "retrieval.index": (retrieval.config.IndexConfig, retrieval.config.PRESETS / "index"),
+    "tuning.study": (tuning.config.StudyConfig, tuning.config.STUDIES),
+}
 
 
 class LocalConfig(Settings):

@@ -1,8 +1,10 @@
 """The local S3 server and Ray nodes: they start, are closed to strangers, and leave nothing behind."""
 
+import json
 import os
 import stat
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +17,7 @@ from cluster import local, processes
 from cluster.local import RayCluster, S3Server
 from common import storage
 from common.errors import NotFoundError, RunError
+from tests import entry
 
 
 def _wait_until_alive(mark: str, count: int) -> None:
@@ -61,12 +64,9 @@ def test_s3_credentials_are_private_and_a_missing_bucket_stays_missing(s3_server
         storage.publish_bytes(b"x", "s3://no-such-bucket/a")
 
 
-def test_s3_server_keeps_its_data_and_leaves_nothing_running(
-    tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sockets = set(Path("/tmp").glob("seaweedfs-*"))
+def test_s3_server_keeps_its_data_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for attempt in range(2):
-        server = local.start_s3(tmp_path, buckets=["kept"])
+        server = local.start_s3(tmp_path, ["kept"])
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         if attempt == 0:
@@ -74,9 +74,62 @@ def test_s3_server_keeps_its_data_and_leaves_nothing_running(
         assert storage.read("s3://kept/a") == b"x"
         server.stop()
         assert processes.alive(server.mark) == []
+        assert not [p for p in Path("/tmp").glob("seaweedfs-*") for port in server.ports if str(port) in p.name]
     assert stat.S_IMODE((tmp_path / "s3.json").stat().st_mode) == 0o600
-    left = set(Path("/tmp").glob("seaweedfs-*")) - sockets
-    assert not [path for path in left if not processes.alive(server.mark) and str(path).endswith(server.url[-5:])]
+
+
+def test_a_child_does_not_outlive_its_parent_unless_detached(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from cluster import processes\n"
+        "mark, log = sys.argv[1], Path(sys.argv[2])\n"
+        "processes.start(['sleep', '600'], os.environ, mark + '-bound', log)\n"
+        "processes.start(['sleep', '600'], os.environ, mark + '-detached', log, detached=True)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, "mark-3", str(tmp_path / "log")], cwd=entry.REPOSITORY)
+    _wait_until_alive("mark-3-bound", 0)
+    assert len(processes.alive("mark-3-detached")) == 1
+    processes.end("mark-3-detached")
+
+
+@pytest.mark.slow
+def test_up_and_down_by_command_line(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    up = entry.run("cluster.local", "up", f"folder={folder}", "nodes=2", "cpus_per_node=1")
+    assert up.code == 0, up.err
+    state = json.loads((folder / "state.json").read_text())
+    try:
+        assert stat.S_IMODE((folder / "state.json").stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / "env.sh").stat().st_mode) == 0o600
+        for value in (state["S3Server"]["env"]["AWS_SECRET_ACCESS_KEY"], (folder / "ray/ray_token").read_text()):
+            assert value not in up.out + up.err
+        entry.assert_refused(entry.run("cluster.local", "up", f"folder={folder}"), "down")
+        check = (
+            "import ray; from common import storage\n"
+            "storage.publish_bytes(b'x', 's3://runs/a'); ray.init(logging_level='ERROR')\n"
+            "print(sum(node['Alive'] for node in ray.nodes()), ray.cluster_resources()['CPU'])"
+        )
+        command = f'source "{folder}/env.sh" && exec "{sys.executable}" -c "$0"'
+        used = subprocess.run(
+            ["bash", "-c", command, check], cwd=entry.REPOSITORY, env=_without("RAY_", "AWS_"), capture_output=True
+        )
+        assert used.stdout.split() == [b"2", b"2.0"], used.stderr
+    finally:
+        down = entry.run("cluster.local", "down", f"folder={folder}")
+    assert down.code == 0, down.err
+    assert not any(processes.alive(part["mark"]) for part in state.values())
+    assert not Path(state["RayCluster"]["temp"]).exists()
+    assert "ended 0 processes" in entry.run("cluster.local", "down", f"folder={folder}").out
+
+
+def test_wrong_commands_are_refused(tmp_path: Path) -> None:
+    entry.assert_refused(entry.run("cluster.local", "upp"), "upp")
+    entry.assert_refused(entry.run("cluster.local", "up", "node=2", f"folder={tmp_path}"), "node", "nodes")
+    assert entry.run("cluster.local", "--help").code == 0
+
+
+def _without(*prefixes: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
 def test_ray_wants_the_token(ray_local: RayCluster) -> None:
