@@ -50,15 +50,14 @@ def run(study: StudyConfig) -> dict[str, Any]:
         if parent is not None:
             tracking.set_tags(base, parent, {"study": study.name})
         grid = _tuner(study, base, folder, parent).fit()
-        result = {
+        records = [_record(study, base, trial, grid[i]) for i, trial in enumerate(_trials(grid))]
+        result: dict[str, Any] = {
             "study": study.name,
             "metric": study.metric,
             "mode": study.mode,
             "dataset": base.data.dataset,
             "dataset_sha256": dataset_sha256,
-            "trials": [
-                _record(study, base, trial, outcome) for trial, outcome in zip(_trials(grid), grid, strict=True)
-            ],
+            "trials": sorted(records, key=lambda t: str(t["trial"])),  # Tune's order changes when it is restored
         }
         print(table(result))
         result["best"] = best(result)
@@ -141,21 +140,24 @@ def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | Non
         config = configs.apply(trial_config(study, base, sampled), {"run.name": name})
         train(config, callbacks=[TuneReportCallback()], parent=parent)
 
-    # No CPU of its own: it only waits, and a share of a core would keep the trial's workers from fitting.
-    trainable: Callable[..., Any] = tune.with_resources(trial, {"cpu": 0})
+    # It only waits. A share of a CPU would keep the trial's own workers from fitting, and Tune refuses to reserve
+    # nothing at all: so one byte of memory.
+    trainable: Callable[..., Any] = tune.with_resources(trial, {"cpu": 0, "memory": 1})
     if tune.Tuner.can_restore(folder):
         log.info("going on with study %s", folder)
         return tune.Tuner.restore(folder, trainable, resume_unfinished=True, resume_errored=True)
+    at_once = study.max_concurrent or _room(base)
     return tune.Tuner(
         trainable,
         param_space=domains(study),
         tune_config=tune.TuneConfig(
             metric=study.metric,
             mode=study.mode,
-            search_alg=_searcher(study),
+            search_alg=_searcher(study, at_once),
             scheduler=_scheduler(study, base),
             num_samples=study.trials,
-            max_concurrent_trials=study.max_concurrent or _room(base),
+            # Tune ignores this, with a warning, for a searcher that has a limit of its own.
+            max_concurrent_trials=at_once if study.searcher == "optuna" else None,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(name=study.name, storage_path=base.run.storage, verbose=1),
@@ -166,14 +168,14 @@ def run_name(study: StudyConfig, trial: str) -> str:
     return f"{study.name}-{trial}"
 
 
-def _searcher(study: StudyConfig) -> Any:
+def _searcher(study: StudyConfig, at_once: int) -> Any:
     if study.searcher == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
         return OptunaSearch(seed=study.seed)
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    return BasicVariantGenerator(random_state=study.seed)
+    return BasicVariantGenerator(max_concurrent=at_once, random_state=study.seed)
 
 
 def _scheduler(study: StudyConfig, base: TrainConfig) -> Any:
