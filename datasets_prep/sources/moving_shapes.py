@@ -206,21 +206,8 @@ def _clips(pairs: list[Pair], config: MovingShapesConfig) -> Iterator[NDArray[np
 def _encode(clips: Iterator[NDArray[np.uint8]], size: int, folder: Path) -> None:
     """Clips → 0.mp4, 1.mp4, ...: one ffmpeg for all, cut by its segment muxer, as a process per clip costs more."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
-    command += ["-s", f"{size}x{size}", "-r", str(FPS), "-i", "-"]
-    command += [
-        "-c:v",
-        "libx264",
-        "-qp",
-        "0",
-        "-g",
-        "1",
-        "-preset",
-        "ultrafast",
-        "-pix_fmt",
-        "yuv420p",
-        "-threads",
-        "2",
-    ]
+    command += ["-s", f"{size}x{size}", "-r", str(FPS), "-i", "-", "-threads", "2", "-pix_fmt", "yuv420p"]
+    command += ["-c:v", "libx264", "-qp", "0", "-g", "1", "-preset", "ultrafast"]  # lossless, every frame a key frame
     command += ["-sws_flags", "accurate_rnd+bitexact", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
     command += ["-f", "segment", "-segment_time", str(NUM_FRAMES / FPS), "-reset_timestamps", "1"]
     command += ["-segment_format_options", "movflags=+faststart", str(folder / "%d.mp4")]

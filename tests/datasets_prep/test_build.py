@@ -248,6 +248,13 @@ def test_cpus_that_no_node_has(annotate: Annotate, videos: Path, tmp_path: Path,
         build_custom(tmp_path / "out", annotate(GOOD), videos, "cpus_per_task=1000")
 
 
+def test_a_job_refuses_a_relative_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_ray_pkg_0").mkdir()
+    monkeypatch.chdir(tmp_path / "_ray_pkg_0")
+    with pytest.raises(configs.ConfigError, match="output=data is relative"):
+        build(load("tiny", "data"))
+
+
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "flip":

@@ -88,8 +88,10 @@ def test_cuts_a_span(videos: Path, tmp_path: Path) -> None:
 def test_a_turned_phone_video_is_upright(videos: Path, tmp_path: Path) -> None:
     turned = tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", "90", "-i", str(videos / "small.mp4"), "-c", "copy", str(turned))
+    assert video.probe(turned, 60).is_rotated
     info = convert(turned, tmp_path)
     assert (info.width, info.height) == (64, 96)
+    assert not video.probe(tmp_path / "out.mp4", 60).is_rotated  # upright pixels: not every decoder turns them
 
 
 @pytest.mark.parametrize(
