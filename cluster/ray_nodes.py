@@ -17,7 +17,7 @@ from common.errors import RunError
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 OBJECT_STORE_BYTES = 300_000_000
 
 
@@ -74,6 +74,7 @@ def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[st
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         **env,
         **auth,
+        "TMPDIR": str(temp),  # what killed processes leave behind goes with it
         "PATH": processes.path(),  # a job's `python` is the one that the node finds
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -118,11 +118,13 @@ def _read_preset(preset: str, presets: Path | None) -> dict[str, Any]:
         if presets is None or not (presets / f"{preset}.yaml").is_file():
             known = preset_names(presets) if presets else []
             raise ConfigError(f"unknown preset {preset!r}{_near(preset, known)}; known: {', '.join(known) or 'none'}")
-        text = (presets / f"{preset}.yaml").read_text()
+        data = (presets / f"{preset}.yaml").read_bytes()
     else:
-        text = storage.read(preset).decode()
+        data = storage.read(preset)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(data.decode())
+    except UnicodeDecodeError:
+        raise ConfigError(f"preset {preset} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"preset {preset} is not valid YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
@@ -175,9 +177,10 @@ def _explain(schema: type[Settings], error: Any) -> str:
         return f"unknown key {path!r}{_near(path, keys(schema))} (--help lists every key)"
     if error["type"] == "missing":
         return f"{path} is required: give {path}=..."
-    if error["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        tag, known = error["ctx"].get("tag", "missing"), error["ctx"].get("expected_tags", "")
-        return f"{path}.name: {tag!r} is not one of {known}".strip()
+    if error["type"] == "union_tag_not_found":
+        return f"{path}.name is required beside the other keys of {path}: give {path}.name=..."
+    if error["type"] == "union_tag_invalid":
+        return f"{path}.name: {error['ctx']['tag']!r} is not one of {error['ctx']['expected_tags']}"
     reason = error["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     if error["type"] == "value_error":  # a validator of ours: its sentence names keys and values

@@ -50,6 +50,8 @@ def read(url: str) -> bytes:
 
 def read_range(url: str, start: int, length: int) -> bytes:
     """`length` bytes from offset `start`. Raises StorageError also when fewer are there."""
+    if length == 0:  # HTTP has no empty range
+        return b""
     with _told(url, "read"):
         if is_s3(url):
             bucket, key = _split(url)
@@ -96,6 +98,7 @@ def publish(path: Path, url: str, if_none_match: bool = False) -> None:
     With `if_none_match` an existing object is left alone and AlreadyExistsError is raised: of several
     writers exactly one wins. On S3 this is one conditional PUT, so the file is at most 5 GB.
     """
+    assert path.is_file(), path
     with _told(url, "write"):
         if is_s3(url):
             _put(path, url, if_none_match)
@@ -121,9 +124,10 @@ def publish_bytes(data: bytes, url: str, if_none_match: bool = False) -> None:
 def list_files(url: str) -> Iterator[Entry]:
     """Every file below a folder or prefix, in the order of their names; nothing if it is empty or absent."""
     if is_s3(url):
-        bucket, key = _split(url.rstrip("/") + "/")
+        bucket, key = _parts(url.rstrip("/"))
+        prefix = f"{key}/" if key else ""  # an empty one lists the whole bucket
         with _told(url, "list"):
-            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+            for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
                     yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
         return
@@ -171,10 +175,19 @@ def _path(url: str) -> Path:
     return Path(url.removeprefix("file://")).expanduser().absolute()
 
 
-def _split(url: str) -> tuple[str, str]:
+def _parts(url: str) -> tuple[str, str]:
+    """Bucket and key, which may be empty."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError(f"{url} names no bucket: write s3://bucket/key")
+    return bucket, key
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Bucket and key of an object."""
+    bucket, key = _parts(url)
+    if not key:
+        raise StorageError(f"{url} names no key: write s3://bucket/key")
     return bucket, key
 
 
@@ -183,15 +196,16 @@ def _endpoint() -> str:
 
 
 def _client() -> Any:
-    return _client_for(os.getpid(), _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID", ""))
+    return _client_for(os.getpid(), frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
 
 
 @functools.lru_cache(maxsize=4)
-def _client_for(pid: int, endpoint: str, key_id: str) -> Any:
+def _client_for(pid: int, settings: frozenset[tuple[str, str]]) -> Any:
     """One client per process, endpoint and identity: building one takes ~0.2 s."""
     import boto3
     from botocore.config import Config
 
+    endpoint = _endpoint()
     config = Config(
         retries={"mode": "standard", "max_attempts": MAX_ATTEMPTS},
         connect_timeout=10,
@@ -246,7 +260,7 @@ def _told(url: str, verb: str) -> Iterator[None]:
 
 
 def _s3_error(url: str, verb: str, error: Exception) -> StorageError:
-    bucket, key = _split(url)
+    bucket, key = _parts(url)
     inner = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
     response = getattr(inner, "response", None) or {}
     code = str(response.get("Error", {}).get("Code", ""))
@@ -255,6 +269,8 @@ def _s3_error(url: str, verb: str, error: Exception) -> StorageError:
         return NotFoundError(f"cannot {verb} {url}: bucket {bucket!r} does not exist; create it or correct the URL")
     if code in ("NoSuchKey", "404"):
         return NotFoundError(f"{url} does not exist ({where})".replace("bucket", "in", 1))
+    if code in ("InvalidRange", "416"):
+        return StorageError(f"{url} ends early: there is nothing at the offset asked for")
     if code in ("PreconditionFailed", "412"):
         return AlreadyExistsError(f"{url} already exists")
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "ExpiredToken"):
