@@ -37,7 +37,7 @@ class RunError(ProjectError):
     """A run, build or study cannot start or could not finish."""
 
 
-def told(error: BaseException) -> ProjectError | None:
+def told(error: BaseException, _seen: frozenset[int] = frozenset()) -> ProjectError | None:
     """The ProjectError at the root of `error`, if there is one.
 
     Ray wraps what a task raised (`RayTaskError.cause`), and Ray Train what a worker raised
@@ -47,9 +47,10 @@ def told(error: BaseException) -> ProjectError | None:
     failures = getattr(error, "worker_failures", None)
     if isinstance(failures, dict):
         inner.extend(failures.values())
+    seen = _seen | {id(error)}  # causes may go round in a circle
     for candidate in inner:
-        if isinstance(candidate, BaseException) and candidate is not error:
-            found = told(candidate)
+        if isinstance(candidate, BaseException) and id(candidate) not in seen:
+            found = told(candidate, seen)
             if found is not None:
                 return found
     return error if isinstance(error, ProjectError) else None

@@ -1,5 +1,6 @@
 """Logging with node and rank, rate-limited warnings, and progress on a terminal or in a log file."""
 
+import json
 import logging
 import os
 import socket
@@ -19,7 +20,8 @@ def setup(rank: int | None = None) -> None:
     Ray puts its own handlers on worker processes; ours replaces the root handler only.
     """
     who = socket.gethostname() if rank is None else f"{socket.gethostname()} rank {rank}"
-    job = os.environ.get("RAY_JOB_SUBMISSION_ID")
+    # How Ray tells a submitted job's driver who it is.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
     if job:
         who = f"{job} {who}"
     logging.basicConfig(

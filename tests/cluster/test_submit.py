@@ -1,6 +1,7 @@
 """cluster.submit: mistakes are refused here, tracked files travel, the exit code tells how the job ended."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,8 +139,11 @@ def test_plain_ray_job_submit_works(ray_local: RayCluster, tmp_path: Path) -> No
     """Ray's own command, with no part of ours between: the tree as `--working-dir`, a module of it as entry point."""
     shutil.copytree(entry.REPOSITORY / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "trivial.py").write_text(
-        "from common import errors\n"
+        "import logging\n"
+        "from common import errors, logs\n"
         "def main():\n"
+        "    logs.setup()\n"
+        "    logging.getLogger(__name__).info('a line')\n"
         "    raise errors.DataError('the content is wrong')\n"
         "errors.exit_with(main)\n"
     )
@@ -148,3 +152,4 @@ def test_plain_ray_job_submit_works(ray_local: RayCluster, tmp_path: Path) -> No
     assert done.returncode != 0
     assert "error: the content is wrong" in done.stdout + done.stderr
     assert 'File "' not in done.stdout
+    assert re.search(r"raysubmit_\w+ .*INFO a line", done.stdout)
