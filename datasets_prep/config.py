@@ -38,8 +38,8 @@ class MovingShapesConfig(Settings):
     videos: str = Field(description="folder that the mp4 files are written to; every Ray node must see it")
     num_pairs: PositiveInt = Field(600, description="training pairs of a clip and its frame reversal")
     # The bound is the number of captions there are: no two videos of these splits carry the same one.
-    val_pairs: NonNegativeInt = Field(32, le=336, description="pairs in val, each with captions of its own")
-    test_pairs: NonNegativeInt = Field(100, le=336, description="pairs in test, each with captions of its own")
+    val_pairs: NonNegativeInt = Field(24, le=112, description="pairs in val, each with captions of its own")
+    test_pairs: NonNegativeInt = Field(64, le=112, description="pairs in test, each with captions of its own")
     size: PositiveInt = Field(64, ge=32, multiple_of=2, description="width and height in pixels")
     seed: NonNegativeInt = Field(0, description="seed of captions, positions, sizes and backgrounds")
 

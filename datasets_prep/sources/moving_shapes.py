@@ -39,10 +39,6 @@ COLOURS = {
     "green": (40, 190, 70),
     "blue": (60, 110, 255),
     "yellow": (250, 225, 50),
-    "purple": (165, 60, 220),
-    "cyan": (60, 220, 230),
-    "orange": (255, 145, 30),
-    "white": (250, 250, 250),
 }
 
 # Signed distance to the outline, in units of the shape's radius (negative inside); x and y are in the same units.
@@ -51,8 +47,6 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.85,
     "triangle": lambda x, y: np.maximum(y - 0.7, 0.87 * abs(x) - 0.5 * y - 0.5),
     "cross": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 1, np.minimum(abs(x), abs(y)) - 0.3),
-    "ring": lambda x, y: abs(np.hypot(x, y) - 0.75) - 0.25,
-    "diamond": lambda x, y: (abs(x) + abs(y) - 1.15) * 0.71,
 }
 
 _AXES = [("left", "right"), ("right", "left")], [("top", "bottom"), ("bottom", "top")]
@@ -122,8 +116,7 @@ def captions_of(meaning: Meaning) -> tuple[str, str]:
     shape, colour, motion = meaning
     legs = MOTIONS[motion]
     backwards = [(end, start) for start, end in reversed(legs)]
-    article = "an" if colour[0] in "aeiou" else "a"
-    return f"{article} {colour} {shape} {_verb(legs)}", f"{article} {colour} {shape} {_verb(backwards)}"
+    return f"a {colour} {shape} {_verb(legs)}", f"a {colour} {shape} {_verb(backwards)}"
 
 
 def _verb(legs: list[tuple[str, str]]) -> str:
@@ -149,7 +142,7 @@ def render(meaning: Meaning, size: int, random: Generator) -> NDArray[np.uint8]:
 
 def _path(legs: list[tuple[str, str]], random: Generator) -> tuple[Array, Array, Array]:
     """Centre and radius per frame, as parts of the side: each leg takes an equal share of the clip."""
-    radius = random.uniform(0.09, 0.15)
+    radius = random.uniform(0.11, 0.17)
     low, high = random.uniform(0.16, 0.26, 2), random.uniform(0.74, 0.84, 2)
     at = {"left": low[0], "right": high[0], "top": low[1], "bottom": high[1], "small": 0.06, "large": 0.28}
     places = {"x": random.uniform(0.3, 0.7), "y": random.uniform(0.3, 0.7), "radius": radius}
