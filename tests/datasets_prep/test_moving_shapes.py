@@ -107,8 +107,8 @@ def test_reversed_sentences() -> None:
 
 
 def test_no_caption_twice_in_val_and_test() -> None:
-    pairs = draw_pairs(config("x", num_pairs=700, val_pairs=40, test_pairs=112))
-    assert Counter(p.split for p in pairs) == {"train": 700, "val": 40, "test": 112}
+    pairs = draw_pairs(config("x", num_pairs=224, val_pairs=40, test_pairs=112))
+    assert Counter(p.split for p in pairs) == {"train": 224, "val": 40, "test": 112}
 
     def counts(split: str) -> Counter[str]:
         return Counter(c for p in pairs if p.split == split for c in p.captions)
