@@ -99,7 +99,10 @@ def write_run(root: Path, name: str, dataset: Path | str, seed: int = 0, backbon
     torch.manual_seed(seed)
     url = checkpoint.run_url(settings)
     storage.publish_bytes(config.dump(settings).encode(), storage.join(url, "config.yaml"))
-    checkpoint.save_best(url, models.build(settings.model), 1, {"r1": 0.5})
+    model = models.build(settings.model)
+    for parameter in model.parameters():  # what starts at zero (aggregation) would hide wrong views
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    checkpoint.save_best(url, model, 1, {"r1": 0.5})
     return url
 
 

@@ -209,6 +209,7 @@ class TestOnRay:
         assert len(list(output.glob("part-*.parquet"))) == 12
         assert {path: path.stat().st_mtime_ns for path in before} == before
 
+    @pytest.mark.slow
     def test_actors_that_die_again_and_again_are_given_up(
         self, embed_config: EmbedConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
