@@ -107,8 +107,8 @@ def test_reversed_sentences() -> None:
 
 
 def test_no_caption_twice_in_val_and_test() -> None:
-    pairs = draw_pairs(config("x", num_pairs=224, val_pairs=40, test_pairs=112))
-    assert Counter(p.split for p in pairs) == {"train": 224, "val": 40, "test": 112}
+    pairs = draw_pairs(config("x", num_pairs=280, val_pairs=40, test_pairs=112))
+    assert Counter(p.split for p in pairs) == {"train": 280, "val": 40, "test": 112}
 
     def counts(split: str) -> Counter[str]:
         return Counter(c for p in pairs if p.split == split for c in p.captions)
@@ -118,8 +118,8 @@ def test_no_caption_twice_in_val_and_test() -> None:
 
 
 def test_more_test_pairs_than_captions_are_refused() -> None:
-    values = {"source": {"name": "moving_shapes", "videos": "x", "test_pairs": 337}, "output": "y"}
-    with pytest.raises(ConfigError, match=r"source\.test_pairs=337"):
+    values = {"source": {"name": "moving_shapes", "videos": "x", "test_pairs": 113}, "output": "y"}
+    with pytest.raises(ConfigError, match=r"source\.test_pairs=113"):
         validate(BuildConfig, values)
 
 
