@@ -111,7 +111,25 @@ def test_promote(folder: Path, result: Result) -> None:
 def test_all_failed(folder: Path) -> None:
     # Each value is good with the base, not with the other.
     clash = '{"model.num_frames": {"choice": [6]}, "model.num_prompts": {"choice": [12]}}'
-    study = tiny(folder, "name=clash", "overrides.model.num_frames=12", "trials=2", f"space={clash}")
+    base = configs.load(TrainConfig, "tiny", ["model.num_frames=12"], PRESETS)
+    (folder / "base.yaml").write_text(configs.dump(base))
+    study = tiny(folder, "name=clash", f"base={folder / 'base.yaml'}", "trials=2", f"space={clash}")
     with pytest.raises(RunError, match=r"all 2 trials of study clash failed: .*model.num_frames=6 is no multiple"):
         run(study)
     assert not (folder / "studies/clash/study.json").exists()
+
+
+@pytest.mark.slow
+def test_asha_stops_trials_and_frees_their_workers(folder: Path) -> None:
+    space = '{"optim.lr_new": {"loguniform": [1e-6, 1.0]}, "optim.lr": {"loguniform": [1e-6, 0.1]}}'
+    search = ["searcher=optuna", "scheduler=asha", "reduction_factor=2", "metric=mnr", "mode=min", f"space={space}"]
+    length = ["overrides.optim.steps=6", "overrides.eval.every=1", "trials=4", "max_concurrent=1"]
+    result = run(tiny(folder, "name=asha", *search, *length))
+    statuses = [t["status"] for t in result["trials"]]
+    assert set(statuses) == {"finished", "stopped"}
+    assert result["best"]["metric"] == min(t["metric"] for t in result["trials"])
+    groups = ray.util.placement_group_table().values()
+    assert [g for g in groups if g["state"] != "REMOVED"] == []
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    runs = client.search_runs(["1"], "tags.study = 'asha'")
+    assert len(runs) == 5 and {r.info.status for r in runs} == {"FINISHED"}
