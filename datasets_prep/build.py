@@ -56,9 +56,11 @@ def build(config: BuildConfig) -> Built:
     done = _finished(plan, output)
     if done:
         log.info("%d of %d shards are there already", len(done), len(plan.shards))
-    if len(done) < len(plan.shards) and not ray.is_initialized():
+    missing = [shard for shard in plan.shards if shard.name not in done]
+    if missing and not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
-    for shard, index in logs.progress(_run(config, plan, done, output), "shards", len(plan.shards) - len(done)):
+    running = _run(config, plan.hash, missing, output) if missing else iter(())
+    for shard, index in logs.progress(running, "shards", len(missing)):
         done[shard.name] = index
         _check_budget(config, plan, done)
     _check_budget(config, plan, done)
@@ -126,9 +128,9 @@ def _finished(plan: Plan, output: str) -> Done:
         return {shard.name: index for shard, index in found if index is not None}
 
 
-def _run(config: BuildConfig, plan: Plan, done: Done, output: str) -> Iterator[tuple[Shard, ShardIndex]]:
-    """Build the shards that are missing, a bounded number at once, and yield each as it is finished."""
-    waiting = iter([s for s in plan.shards if s.name not in done])
+def _run(config: BuildConfig, plan_hash: str, missing: list[Shard], output: str) -> Iterator[tuple[Shard, ShardIndex]]:
+    """Build shards, a bounded number at once, and yield each as it is finished."""
+    waiting = iter(missing)
     cpus = config.cpus_per_task or config.video.threads
     task = ray.remote(write_shard).options(num_cpus=cpus)
     source = storage.absolute(config.source.videos)
@@ -137,7 +139,7 @@ def _run(config: BuildConfig, plan: Plan, done: Done, output: str) -> Iterator[t
     limit = min(config.workers or sys.maxsize, _room(cpus))
     while True:
         while len(running) < limit and (shard := next(waiting, None)):
-            running[task.remote(shard, plan.hash, source, output, settings)] = shard
+            running[task.remote(shard, plan_hash, source, output, settings)] = shard
         if not running:
             return
         finished, _ = ray.wait(list(running))

@@ -17,6 +17,7 @@ from datasets_prep import verify as verify_module
 from datasets_prep.build import Built, build, summary
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.verify import verify
+from tests import entry
 
 Annotate = Callable[..., str]
 Files = dict[str, tuple[int, bytes]]
@@ -124,6 +125,16 @@ def test_resume_builds_only_what_is_missing(copy: Path, dataset: Path, shapes: P
         *("train/shard-000002.tar", "train/shard-000002.json", "test/shard-000001.tar", "test/shard-000001.json"),
         "dataset.json",
     }
+
+
+def test_a_finished_build_says_so_and_needs_no_ray(copy: Path, dataset: Path, shapes: Path) -> None:
+    numbers = ["source.num_pairs=14", "source.val_pairs=3", "source.test_pairs=8"]
+    arguments = ["tiny", f"output={copy}", f"source.videos={shapes}", *numbers]
+    finished = entry.run("datasets_prep.build", *arguments, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert finished.code == 0, finished.err
+    assert "7 of 7 shards are there already" in finished.err
+    assert "train            4          28          28" in finished.out
+    assert contents(copy) == contents(dataset)
 
 
 def test_another_plan_at_the_same_output_is_refused(copy: Path, shapes: Path) -> None:
@@ -282,9 +293,9 @@ def edit(path: Path, change: Callable[[dict], object]) -> None:
 
 
 def exchange(marker: dict) -> None:
-    """Offsets of two samples: the tar is whole, but the index leads to the wrong clip."""
-    first, second = marker["samples"][:2]
-    first["members"], second["members"] = second["members"], first["members"]
+    """Offsets of two videos: the tar is whole, but the index leads to the wrong clip."""
+    first, second = (sample["members"] for sample in marker["samples"][:2])
+    first["mp4"], second["mp4"] = second["mp4"], first["mp4"]
 
 
 @pytest.mark.parametrize(
