@@ -18,6 +18,8 @@ from common.errors import RunError
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
+# Ray gives a node's agent 15 s to start, a constant in its code; on a busy machine that is too short now and then.
+ATTEMPTS = 3
 OBJECT_STORE_BYTES = 300_000_000
 
 
@@ -55,12 +57,12 @@ def start_ray(
     Raises:
         RunError: a node did not start.
     """
-    try:
-        return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
-    except RunError as error:
-        # Ray gives a node 30 s to register, a constant in its code; on a busy machine that can be too short.
-        log.warning("%s; starting Ray once more", error)
-        return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
+        except RunError as error:
+            log.warning("%s; starting Ray once more", error)
+    return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
 
 
 def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[str, str], detached: bool) -> RayCluster:
