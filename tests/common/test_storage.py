@@ -209,6 +209,7 @@ def test_a_missing_bucket_is_told_by_every_call(s3_server: S3Server, tmp_path: P
 def test_wrong_credentials_are_told_and_never_shown(
     wrong: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert not storage.exists("s3://tests/a")  # a client with the right ones must not be used again
     monkeypatch.setenv(wrong, "wrongwrongwrongwrong")
     (tmp_path / "file").write_bytes(b"x")
     calls: list[Callable[[], Any]] = [
