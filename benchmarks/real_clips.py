@@ -4,9 +4,9 @@
 
 DATA_FOLDER holds SET/captions.json, a list of records with `file` and texts.
 
-emoji: animated emoji in two drawing styles; each gets one caption from its label and one from its keywords. The group is
+emoji: animated emoji in two drawing styles; each gets one caption from its label, one from its keywords. The group is
 the label's family: labels that differ only in person, skin, hair or family words share one, and so do the two drawing
-styles of an emoji, so none of them crosses splits. web_video: web clips with one machine-made caption each; the group is
+styles of an emoji, so none crosses splits. web_video: web clips with one machine-made caption each; the group is
 the video a clip was cut from.
 """
 
@@ -21,8 +21,8 @@ from common.errors import ConfigError, exit_with
 # Words that change who is shown, not what: "woman running" and "man running" are one family.
 PEOPLE = {
     *("man", "men", "woman", "women", "person", "people", "boy", "girl", "boys", "girls", "adult", "older", "child"),
-    *("mr", "mrs", "mx", "santa", "claus", "prince", "princess", "king", "queen", "male", "female", "merman", "mermaid"),
-    *("merperson", "father", "mother", "old", "young", "with", "and", "s", "in", "a", "the"),
+    *("mr", "mrs", "mx", "santa", "claus", "prince", "princess", "king", "queen", "male", "female"),
+    *("merman", "mermaid", "merperson", "father", "mother", "old", "young", "with", "and", "s", "in", "a", "the"),
 }
 
 

@@ -74,6 +74,25 @@ def dump(config: Settings) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def refuse_relative_in_job(config: Settings, *paths: str) -> None:
+    """Raise ConfigError if one of these dotted keys holds a relative path and this process is a submitted job's.
+
+    A job runs in a copy of the code that is deleted with the session: what it writes there is lost, and what the
+    submitter meant is not there.
+    """
+    if "_ray_pkg_" not in str(Path.cwd()):  # how Ray names the unpacked working_dir
+        return
+    for path in paths:
+        value: Any = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        local = str(value).removeprefix("sqlite:///")
+        if value is not None and "://" not in local and not Path(local).expanduser().is_absolute():
+            raise ConfigError(
+                f"{path}={value} is relative, but a submitted job runs in a temporary folder: give a full path or a URL"
+            )
+
+
 def from_command_line(schema: type[S], presets: Path, module: str, argv: Sequence[str] | None = None) -> S:
     """The configuration that `python -m MODULE PRESET [key.path=value ...]` asks for.
 

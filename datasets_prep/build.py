@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -44,9 +43,7 @@ def build(config: BuildConfig) -> Built:
         ConfigError, DataError, StorageError: as one sentence.
         RunError: another plan is at the output, or too many clips were rejected.
     """
-    if "_ray_pkg_" in str(Path.cwd()) and "://" not in config.output and not config.output.startswith(("/", "~")):
-        # How Ray names the unpacked working_dir of a submitted job; it is deleted with the session.
-        raise ConfigError(f"output={config.output} is relative, but a job runs in a temporary folder: give a full path")
+    configs.refuse_relative_in_job(config, "output")
     output = storage.absolute(config.output)
     storage.check_writable(output)
     clips = SOURCES[config.source.name](config.source)

@@ -6,20 +6,8 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from common.config import Settings
-from common.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"  # one folder per entry point
-
-
-def require_absolute(config: Settings, *keys: str) -> None:
-    """Refuse relative paths in a submitted job: it runs in a copy of the code that is deleted with the session."""
-    for key in keys if "_ray_pkg_" in str(Path.cwd()) else ():
-        value = getattr(config, key)
-        if value is not None and "://" not in value and not Path(value).expanduser().is_absolute():
-            raise ConfigError(
-                f"{key}={value} is relative, and a submitted job runs in a temporary folder: "
-                "give an absolute path or a URL"
-            )
 
 
 class EmbedConfig(Settings):

@@ -13,10 +13,10 @@ import ray
 import ray.exceptions
 
 from common import logs, shards, storage
-from common.config import from_command_line
+from common.config import from_command_line, refuse_relative_in_job
 from common.errors import ConfigError, DataError, RunError, exit_with, told
 from common.shards import ShardEntry
-from retrieval.config import PRESETS, EmbedConfig, require_absolute
+from retrieval.config import PRESETS, EmbedConfig
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
 from retrieval.encoder import Embedder, encode_sentences, load_two_tower
 from training.checkpoint import weights_sha256
@@ -33,7 +33,7 @@ def embed(config: EmbedConfig) -> Embeddings:
         ConfigError, DataError, RunError, StorageError: as one sentence.
     """
     start = time.monotonic()
-    require_absolute(config, "run", "dataset", "output")
+    refuse_relative_in_job(config, "run", "dataset", "output")
     config = config.model_copy(update={"output": storage.absolute(config.output), "run": storage.absolute(config.run)})
     source, entries = _source(config)
     storage.check_writable(config.output)

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from common import logs, shards, storage
-from common.config import from_command_line
+from common.config import from_command_line, refuse_relative_in_job
 from common.errors import DataError, NotFoundError, exit_with
-from retrieval.config import PRESETS, IndexConfig, require_absolute
+from retrieval.config import PRESETS, IndexConfig
 from retrieval.embeddings import Embeddings, Record, Source, parse, read_embeddings, read_part
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def build(config: IndexConfig) -> IndexInfo:
     """Write the index of an embeddings folder. Raises DataError, StorageError."""
     import faiss
 
-    require_absolute(config, "embeddings", "output")
+    refuse_relative_in_job(config, "embeddings", "output")
     url, output = storage.absolute(config.embeddings), storage.absolute(config.output)
     embeddings = read_embeddings(url)
     index = faiss.IndexFlatIP(embeddings.source.dimension)

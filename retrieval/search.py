@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common import logs, shards, storage
-from common.config import from_command_line
+from common.config import from_command_line, refuse_relative_in_job
 from common.errors import ConfigError, DataError, RunError, exit_with
 from retrieval import contact_sheet
-from retrieval.config import PRESETS, SearchConfig, require_absolute
+from retrieval.config import PRESETS, SearchConfig
 from retrieval.embeddings import Source
 from retrieval.encoder import encode_sentences, load_two_tower
 from retrieval.index import Index, open_index
@@ -37,7 +37,7 @@ def search(config: SearchConfig) -> Result:
     Raises:
         DataError, RunError, StorageError: as one sentence.
     """
-    require_absolute(config, "index", "run", "dataset", "contact_sheet")
+    refuse_relative_in_job(config, "index", "run", "dataset", "contact_sheet")
     url = storage.absolute(config.index)
     index = open_index(url)
     source = index.info.source

@@ -112,7 +112,7 @@ class OptimConfig(Settings):
     lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of new modules (cube, aggregation, captioner)")
     weight_decay: float = Field(0.2, ge=0, description="AdamW's decay of matrices; gains and biases are not decayed")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="AdamW's betas")
-    eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon")
+    eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon (official code: 1e-6; a random model needs 1e-8)")
     warmup: Fraction = Field(0.1, description="fraction of the steps with linear warm-up, then cosine to 0")
     grad_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
 

@@ -22,19 +22,19 @@ from training import models
 from training.checkpoint import run_url
 from training.config import PRESETS, TrainConfig
 from training.loop import test_metrics
-from training.train import require_absolute, scaling
+from training.train import scaling, with_absolute_paths
 
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
     """Test metrics of the run that `config` names. Raises RunError, DataError as one sentence."""
-    require_absolute(config)
+    config = with_absolute_paths(config)
     if config.data.test is None:
         raise ConfigError("data.test is null: give data.test=SPLIT")
     dataset, _ = shards.read_dataset(config.data.dataset)
     dataset.split(config.data.test)
     name = f"{config.data.test}-{time.strftime('%Y%m%d-%H%M%S')}"
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]
         train_loop_config=config.model_dump(mode="json"),
         scaling_config=scaling(config),
         run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), "evaluations")),

@@ -40,7 +40,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
     Raises:
         ConfigError, DataError, StorageError, RunError: as one sentence.
     """
-    require_absolute(config)
+    config = with_absolute_paths(config)
     run = run_url(config)
     dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
     for split in (*config.data.train, config.data.val, config.data.test):
@@ -120,20 +120,19 @@ def _can_grow() -> bool:
     return bool(os.environ.get("RAY_CLUSTER_AUTOSCALES"))
 
 
-def require_absolute(config: TrainConfig) -> None:
-    """A job runs in a copy of the code that is deleted with the session: a relative path would be lost with it."""
-    if "_ray_pkg_" not in str(Path.cwd()):  # how Ray names the unpacked working_dir
-        return
-    paths = {
-        "run.storage": config.run.storage,
-        "data.dataset": config.data.dataset,
-        "tracking.uri": config.tracking.uri.removeprefix("sqlite:///"),
-    }
-    for key, value in paths.items():
-        if "://" not in value and not Path(value).expanduser().is_absolute():
-            raise ConfigError(
-                f"{key}={value} is relative, but a submitted job runs in a temporary folder: give a full path or a URL"
-            )
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """`config` with local paths made absolute: Ray Train's workers run in another folder than the driver.
+
+    Raises:
+        ConfigError: a path is relative in a submitted job.
+    """
+    configs.refuse_relative_in_job(config, "run.storage", "data.dataset", "tracking.uri")
+    paths = {"run.storage": config.run.storage, "data.dataset": config.data.dataset, "data.cache": config.data.cache}
+    changes = {key: storage.absolute(value) for key, value in paths.items()}
+    for key, value in {"model.backbone": config.model.backbone, "model.pretrained": config.model.pretrained}.items():
+        if value and not storage.is_s3(value) and Path(value).expanduser().is_file():
+            changes[key] = storage.absolute(value)
+    return configs.apply(config, {**changes, "tracking.uri": tracking.absolute_uri(config.tracking.uri)})
 
 
 def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:

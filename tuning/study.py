@@ -21,7 +21,7 @@ from common import logs, shards, storage
 from common.errors import NotFoundError, RunError, exit_with, told
 from training import tracking
 from training.config import TrainConfig
-from training.train import only_driver, read_result, require_absolute, scaling, train
+from training.train import only_driver, read_result, scaling, train, with_absolute_paths
 from tuning.config import STUDIES, StudyConfig
 from tuning.promote import RESULT
 from tuning.space import domains, plain, resolve, trial_config
@@ -37,7 +37,7 @@ def run(study: StudyConfig) -> dict[str, Any]:
         RunError: another study has this name, or all trials failed.
     """
     base = resolve(study)
-    require_absolute(base)
+    base = with_absolute_paths(base)
     base = _absolute(base)
     folder = storage.join(base.run.storage, study.name)
     _, dataset_sha256 = shards.read_dataset(base.data.dataset)

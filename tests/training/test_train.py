@@ -105,7 +105,9 @@ def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):
         ({"model.backbone": "ViT-Z"}, ConfigError, "model.backbone=ViT-Z is unknown"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_worker_starts(tiny: TrainConfig, changes: dict, error: type, message: str):
+def test_what_cannot_work_is_refused_before_a_worker_starts(
+    tiny: TrainConfig, changes: dict, error: type, message: str
+):
     with pytest.raises(error, match=message):
         train(apply(tiny, changes))
 
