@@ -23,7 +23,7 @@ GRPC_OFFSET = 10_000  # SeaweedFS adds it to an HTTP port
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 _libc = ctypes.CDLL(None)
-_children: list[subprocess.Popen[bytes]] = []  # to be reaped by `end`
+_children: dict[str, list[subprocess.Popen[bytes]]] = {}  # by mark, to be reaped by `end`
 
 
 def start(
@@ -46,7 +46,7 @@ def start(
             start_new_session=True,
             preexec_fn=None if detached else lambda: _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )
-    _children.append(child)
+    _children.setdefault(mark, []).append(child)
     return child
 
 
@@ -69,7 +69,8 @@ def end(mark: str, grace_s: float = 0.0) -> None:
     for _ in range(50):  # a process may be starting another one just now
         _signal(mark, signal.SIGKILL)
         if not alive(mark):
-            _children[:] = [child for child in _children if child.poll() is None]
+            for child in _children.pop(mark, []):
+                child.wait()
             return
         time.sleep(0.1)
     raise RunError(f"processes {alive(mark)} could not be ended: look at them with ps")
