@@ -77,5 +77,5 @@ def test_the_least_recently_used_shards_go_first_and_open_ones_read_on(tmp_path:
     left = sorted(p.name for p in (tmp_path / "cache").rglob("*.tar"))
     assert left == ["shard-000002.tar", "shard-000003.tar"]
     assert first.read() == bytes([0]) * 100
-    with pytest.raises(StorageError, match="data.cache_bytes=50 is less than one shard"):
+    with pytest.raises(StorageError, match=r"data.cache_bytes=50 is less than one shard"):
         opened(tmp_path, limit=50, folder="other").open(entries[0])
