@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
-from training import tracking
+from training import models, tracking
 from training.checkpoint import best_url, run_url
 from training.config import PRESETS, TrainConfig
 from training.data.loader import sample_order
@@ -47,6 +47,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
         if split is not None:
             dataset.split(split)
     sample_order(config, dataset)
+    models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
     storage.check_writable(run)
     with only_driver(run):
         check_identity(config, run, dataset_sha256)
