@@ -170,7 +170,7 @@ class Meter:
         if self.metric_log is not None:
             metrics = {f"train/{n}": v for n, v in zip(names, values, strict=True)}
             metrics |= {"train/loss": total, "train/samples_per_s": samples, "train/data_wait": wait}
-            metrics["train/logit_scale"] = float(logit_scale)
+            metrics["train/logit_scale"] = float(logit_scale.detach())
             self.metric_log.log.remote(metrics, step)
 
     def log_scores(self, split: str, step: int, scores: dict[str, float]) -> None:
