@@ -8,7 +8,6 @@ is finished is read, not trained again.
 """
 
 import json
-import logging
 import sys
 from statistics import mean
 from typing import Any
@@ -21,6 +20,7 @@ from common.config import apply, parse_overrides
 from common.errors import ConfigError, exit_with
 from training import metrics
 from training.config import PRESETS, TrainConfig
+from training.train import connect, train
 
 NO_CAPTION = {"model.captioner": None, "losses.caption": 0}
 ROWS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def main() -> int:
     base = configs.load(TrainConfig, "moving_shapes", [f"data.dataset={dataset}", f"run.storage={storage}"], PRESETS)
     base = apply(base, {"workers.num_workers": 1, "tracking.experiment": "ablation", **values})
     logs.setup()
-    ray.init(logging_level=logging.WARNING)
+    connect()
     trial = ray.remote(num_cpus=0, max_retries=0)(_train)
     waiting = [(row, seed) for seed in seeds for row in ROWS]
     limit = int(ray.cluster_resources()["CPU"] // (base.workers.cpus_per_worker or 1))
@@ -62,8 +62,6 @@ def main() -> int:
 
 
 def _train(values: dict[str, Any]) -> dict[str, float]:
-    from training.train import train
-
     logs.setup()
     return train(TrainConfig.model_validate(values))
 

@@ -70,19 +70,22 @@ def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[st
     token = folder / "ray_token"
     if not token.exists():
         processes.write_private(token, secrets.token_hex(32))
+    gcs, dashboard, client = processes.free_ports(3)
+    address, dashboard_url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
     temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets below it: a path has at most 107 bytes
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     node_env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         **env,
         **auth,
+        # Train's PlacementGroupCleaner asks the State API from inside the cluster: on a machine with two of them it
+        # would not know which is meant, and a dead run's CPUs would never be free again.
+        "RAY_ADDRESS": address,
         "TMPDIR": str(temp),  # what killed processes leave behind goes with it
         "PATH": processes.path(),  # a job's `python` is the one that the node finds
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    gcs, dashboard, client = processes.free_ports(3)
-    address, dashboard_url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
     head = ["--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head.append(f"--ray-client-server-port={client}")
     variables = {**auth, "RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard_url}

@@ -6,7 +6,6 @@ RUN is the run's folder (STORAGE/NAME); its config.yaml is the preset, and data.
 """
 
 import json
-import logging
 import sys
 import time
 from typing import Any
@@ -22,7 +21,7 @@ from training import models
 from training.checkpoint import run_url
 from training.config import PRESETS, TrainConfig
 from training.loop import test_metrics
-from training.train import scaling, with_absolute_paths
+from training.train import connect, scaling, with_absolute_paths
 
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
@@ -60,7 +59,7 @@ def main() -> int:
         arguments[0] = storage.join(arguments[0], "config.yaml")
     config = configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments)
     logs.setup()
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    connect()
     print(json.dumps({"run": run_url(config), "split": config.data.test, **evaluate_run(config)}, indent=2))
     return 0
 

@@ -196,10 +196,22 @@ def only_driver(run: str) -> Iterator[None]:
         ray.kill(mark)
 
 
+def connect() -> None:
+    """Start or join Ray.
+
+    The CPUs and GPUs of a run whose controller died are freed through the dashboard's State API. So the dashboard must
+    be on, and every process must know which cluster is meant; else the next run waits for ever.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
+    dashboard = None if address else True
+    ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
+
+
 def main() -> int:
     config = configs.from_command_line(TrainConfig, PRESETS, "training.train")
     logs.setup()
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    connect()
     result = train(config)
     print(json.dumps({"run": run_url(config), **result}, indent=2))
     return 0

@@ -7,7 +7,6 @@ it: finished trials are kept, failed and unfinished ones go on from their checkp
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from common import logs, shards, storage
 from common.errors import NotFoundError, RunError, exit_with, told
 from training import tracking
 from training.config import TrainConfig
-from training.train import only_driver, read_result, scaling, train, with_absolute_paths
+from training.train import connect, only_driver, read_result, scaling, train, with_absolute_paths
 from tuning.config import STUDIES, StudyConfig
 from tuning.promote import RESULT
 from tuning.space import domains, plain, resolve, trial_config
@@ -67,17 +66,6 @@ def run(study: StudyConfig) -> dict[str, Any]:
             raise RunError(f"all {len(result['trials'])} trials of study {study.name} failed: {reasons}")
         storage.publish_bytes(json.dumps(result, indent=2).encode(), storage.join(folder, RESULT))
     return result
-
-
-def connect() -> None:
-    """Start or join Ray. A stopped trial's workers are freed through the dashboard's State API.
-
-    So the dashboard must be on, and every process must know which cluster is meant; else the study hangs for ever.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
-    dashboard = None if address else True
-    ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
 
 
 def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import imageio_ffmpeg
 import pytest
 
+from cluster.local import RayCluster
+from tests.datasets_prep.builds import build_shapes, files
+
 
 def ffmpeg(*arguments: str) -> None:
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *arguments]
@@ -55,3 +58,18 @@ def annotate(tmp_path: Path) -> Callable[..., str]:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small set of moving shapes, written by the first build that asks for it."""
     return tmp_path_factory.mktemp("shapes") / "videos"
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, shapes: Path, ray_local: RayCluster) -> Path:
+    output = tmp_path_factory.mktemp("dataset")
+    build_shapes(output, shapes)
+    return output
+
+
+@pytest.fixture
+def copy(dataset: Path, tmp_path: Path) -> Path:
+    for name, (_, data) in files(dataset).items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(data)
+    return tmp_path / "copy"

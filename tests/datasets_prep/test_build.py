@@ -1,8 +1,6 @@
-"""Builds as a user starts them, on a real Ray: shards, resume, bad input, verify."""
+"""Builds as a user starts them, on a real Ray: shards, resume, bad input."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,63 +9,12 @@ import webdataset
 from cluster.local import RayCluster
 from common import config as configs
 from common import shards, storage
-from common.errors import DataError, RunError, exit_with
+from common.errors import DataError, RunError
 from datasets_prep import build as build_module
-from datasets_prep import verify as verify_module
-from datasets_prep.build import Built, build, summary
-from datasets_prep.config import PRESETS, BuildConfig
+from datasets_prep.build import build, summary
 from datasets_prep.verify import verify
 from tests import entry
-
-Annotate = Callable[..., str]
-Files = dict[str, tuple[int, bytes]]
-
-
-def load(preset: str, output: Path | str, *overrides: str) -> BuildConfig:
-    return configs.load(BuildConfig, preset, [f"output={output}", *overrides], PRESETS)
-
-
-def build_shapes(output: Path | str, shapes: Path, *overrides: str) -> Built:
-    """7 shards: 28 training clips in four, 16 test clips in two, 6 of val in one."""
-    numbers = ["source.num_pairs=14", "source.val_pairs=3", "source.test_pairs=8"]
-    return build(load("tiny", output, f"source.videos={shapes}", *numbers, *overrides))
-
-
-def build_custom(output: Path | str, annotations: str, videos: Path, *overrides: str) -> Built:
-    source = [f"source.annotations={annotations}", f"source.videos={videos}", "video.short_side=64"]
-    return build(load("custom", output, *source, *overrides))
-
-
-def files(folder: Path) -> Files:
-    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*.*")}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, (_, data) in files(folder).items()}
-
-
-def run(module: object, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of an entry point."""
-    monkeypatch.setattr(sys, "argv", ["", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        exit_with(module.main)  # type: ignore[attr-defined]
-    assert isinstance(caught.value.code, int)
-    return caught.value.code
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory, shapes: Path, ray_local: RayCluster) -> Path:
-    output = tmp_path_factory.mktemp("dataset")
-    build_shapes(output, shapes)
-    return output
-
-
-@pytest.fixture
-def copy(dataset: Path, tmp_path: Path) -> Path:
-    for name, (_, data) in files(dataset).items():
-        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "copy" / name).write_bytes(data)
-    return tmp_path / "copy"
+from tests.datasets_prep.builds import Annotate, build_custom, build_shapes, contents, files, load, run
 
 
 def test_indexes_lead_to_every_member(dataset: Path) -> None:
@@ -264,73 +211,6 @@ def test_a_job_refuses_a_relative_output(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path / "_ray_pkg_0")
     with pytest.raises(configs.ConfigError, match="output=data is relative"):
         build(load("tiny", "data"))
-
-
-def damage(path: Path, how: str) -> None:
-    data = bytearray(path.read_bytes())
-    if how == "flip":
-        data[5000] ^= 1
-    path.write_bytes(data[:-1024] if how == "cut" else data)
-    if how == "remove":
-        path.unlink()
-
-
-@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_verify_names_the_damaged_shard(
-    copy: Path, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(verify_module, str(copy), monkeypatch=monkeypatch) == 0
-    damage(copy / "train/shard-000001.tar", how)
-    capsys.readouterr()
-    assert run(verify_module, str(copy), monkeypatch=monkeypatch) == 1
-    assert "error: 1 of 7 shards are damaged: train/shard-000001.tar" in capsys.readouterr().err
-
-
-def edit(path: Path, change: Callable[[dict], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def exchange(marker: dict) -> None:
-    """Offsets of two videos: the tar is whole, but the index leads to the wrong clip."""
-    first, second = (sample["members"] for sample in marker["samples"][:2])
-    first["mp4"], second["mp4"] = second["mp4"], first["mp4"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        exchange,
-        lambda marker: marker["samples"].pop(),
-        lambda marker: marker["samples"][0].update(video_id="another"),
-        lambda marker: marker.update(sha256="0" * 64),
-        lambda marker: marker.update(plan_hash="0" * 64),
-    ],
-)
-def test_verify_compares_markers_too(copy: Path, change: Callable[[dict], object]) -> None:
-    edit(copy / "val/shard-000000.json", change)
-    with pytest.raises(DataError, match=r"1 of 7 shards are damaged: val/shard-000000\.tar"):
-        verify(str(copy))
-
-
-def test_verify_finds_a_video_that_is_there_twice(copy: Path) -> None:
-    def twice(dataset: dict) -> None:
-        entries = dataset["splits"]["train"]["shards"]
-        entries.append(entries[0])
-
-    edit(copy / "dataset.json", twice)
-    with pytest.raises(DataError, match=r"damaged: train/shard-000000\.tar"):
-        verify(str(copy))
-
-
-def test_verify_needs_a_dataset(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(verify_module, str(tmp_path), monkeypatch=monkeypatch) == 1
-    assert "holds no dataset.json" in capsys.readouterr().err
-    assert run(verify_module, monkeypatch=monkeypatch) == 1
-    assert "expected one dataset, got 0" in capsys.readouterr().err
 
 
 def test_real_web_videos(annotate: Annotate, tmp_path: Path, shared: Path, ray_local: RayCluster) -> None:

@@ -1,6 +1,7 @@
 """Studies on a real Ray cluster: four trials end to end, one that fails throughout, and promotion."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from datasets_prep.build import build
 from datasets_prep.config import PRESETS as BUILDS
 from datasets_prep.config import BuildConfig
 from training.config import PRESETS, TrainConfig
+from training.train import connect
 from tuning.config import STUDIES, PromoteConfig, StudyConfig
 from tuning.promote import promote
-from tuning.study import connect, run
+from tuning.study import run
 
 Result = dict[str, Any]
 
@@ -128,8 +130,15 @@ def test_asha_stops_trials_and_frees_their_workers(folder: Path) -> None:
     statuses = [t["status"] for t in result["trials"]]
     assert set(statuses) == {"finished", "stopped"}
     assert result["best"]["metric"] == min(t["metric"] for t in result["trials"])
-    groups = ray.util.placement_group_table().values()
-    assert [g for g in groups if g["state"] != "REMOVED"] == []
+    deadline = time.monotonic() + 60  # Ray's cleaner looks every few seconds whether a stopped trial's driver lives
+    while (held := groups()) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert held == []
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     runs = client.search_runs(["1"], "tags.study = 'asha'")
     assert len(runs) == 5 and {r.info.status for r in runs} == {"FINISHED"}
+
+
+def groups() -> list[dict[str, Any]]:
+    """The placement groups that hold resources."""
+    return [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
