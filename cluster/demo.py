@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +32,42 @@ COUNTER = re.compile(r"step ([\d,]+)/([\d,]+)|\b([\d,]+) of ([\d,]+) \w+")
 ORDER_BLIND = 0.5  # what averaging frames encoded one by one can reach: clip and twin get the same vector
 
 
-def demo() -> dict[str, Any]:
-    """Run all stages; returns the content of demo/result.json. Leaves nothing running, whatever happens."""
-    if FOLDER.exists():
-        shutil.rmtree(FOLDER)
-    stages = Stages(FOLDER / "logs")
+def demo(folder: Path = FOLDER, build: Sequence[str] = (), train: Sequence[str] = ()) -> dict[str, Any]:
+    """Run all stages; returns the content of result.json. Leaves nothing running, whatever happens.
+
+    Args:
+        folder: everything lands here; what was in it is deleted.
+        build, train: more overrides for these stages.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    stages = Stages(folder / "logs")
     with contextlib.ExitStack() as stack:
         with stages.timed("start"):
-            s3 = start_s3(FOLDER / "s3", buckets=["datasets", "runs"])
+            s3 = start_s3(folder / "s3", buckets=["datasets", "runs"])
             stack.callback(s3.stop)
-            ray = start_ray(FOLDER / "ray", cpus_per_node=max(2, os.cpu_count() or 2), env=s3.env)
+            ray = start_ray(folder / "ray", cpus_per_node=max(2, os.cpu_count() or 2), env=s3.env)
             stack.callback(ray.stop)
-        print(f"  S3 server {s3.url}, Ray dashboard {ray.dashboard_url} (token: {FOLDER / 'ray' / 'ray_token'})")
+        print(f"  S3 server {s3.url}, Ray dashboard {ray.dashboard_url} (token: {folder / 'ray' / 'ray_token'})")
         os.environ.update({**s3.env, **ray.env})
-        pipeline(stages)
-        return report(stages.seconds)
+        pipeline(stages, folder, build, train)
+        return report(stages.seconds, folder)
 
 
-def pipeline(stages: "Stages") -> None:
+def pipeline(stages: "Stages", folder: Path, build: Sequence[str], train: Sequence[str]) -> None:
     """The commands, in order."""
     python = (sys.executable, "-m")
-    cache = f"cache={FOLDER / 'cache'}"
+    cache = f"cache={folder / 'cache'}"
     stages.run(
         "build",
-        *(*python, "datasets_prep.build", "moving_shapes", f"source.videos={FOLDER / 'videos'}", f"output={DATASET}"),
+        *(*python, "datasets_prep.build", "moving_shapes", f"source.videos={folder / 'videos'}", f"output={DATASET}"),
+        *build,
     )
     stages.run(
         "train",
         *(*python, "ray.scripts.scripts", "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m"),
         *("training.train", "moving_shapes", f"run.name={RUN_NAME}", f"run.storage={RUNS}", f"data.dataset={DATASET}"),
-        *(f"data.{cache}", f"tracking.uri=sqlite:///{ROOT / 'mlflow.db'}"),
+        *(f"data.{cache}", f"tracking.uri=sqlite:///{ROOT / 'mlflow.db'}", *train),
     )
     stages.run(
         "embed",
@@ -70,14 +76,14 @@ def pipeline(stages: "Stages") -> None:
     stages.run("index", *python, "retrieval.index", "default", f"embeddings={VECTORS}", f"output={INDEX}")
     stages.run(
         "search",
-        *(*python, "retrieval.search", QUERY, f"index={INDEX}", f"contact_sheet={FOLDER / 'contact_sheet.html'}"),
+        *(*python, "retrieval.search", QUERY, f"index={INDEX}", f"contact_sheet={folder / 'contact_sheet.html'}"),
     )
 
 
-def report(stages_s: Mapping[str, float]) -> dict[str, Any]:
-    """Print the table and write demo/result.json."""
+def report(stages_s: Mapping[str, float], folder: Path) -> dict[str, Any]:
+    """Print the table and write result.json."""
     scores = json.loads(storage.read(storage.join(RUN, "result.json")))
-    sheet = FOLDER / "contact_sheet.html"
+    sheet = folder / "contact_sheet.html"
     result = {name: scores[name] for name in ("r1", "r5", "r10", "mdr", "mnr", "order")}
     result |= {
         "chance_r1": metrics.chance(int(scores["num_videos"])),
@@ -93,8 +99,9 @@ def report(stages_s: Mapping[str, float]) -> dict[str, Any]:
     with contextlib.suppress(NotFoundError):  # MLflow was out, and training went on without it
         tracking.log_artifact(RUN, sheet)
         result["mlflow_run"] = tracking.page(RUN)
-    (FOLDER / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
+    print(f"all figures:   {folder / 'result.json'}")
     return result
 
 
@@ -113,7 +120,6 @@ def table(result: Mapping[str, Any]) -> str:
         "time: " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in result["stages_s"].items())
         + f"; {duration(sum(result['stages_s'].values()))} in all",
         f"contact sheet: {result['contact_sheet']}",
-        f"all figures:   {FOLDER / 'result.json'}",
         f"MLflow run:    {result['mlflow_run']} (after `make mlflow`)",
     ]  # fmt: skip
     return "\n".join(rows)

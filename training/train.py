@@ -25,7 +25,6 @@ from training import models, tracking
 from training.checkpoint import best_url, run_url
 from training.config import PRESETS, TrainConfig
 from training.data.loader import sample_order
-from training.loop import train_loop
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +67,17 @@ def _fit(
         metric_log = tracking.MetricLog.remote(  # type: ignore[attr-defined]
             tracking.absolute_uri(config.tracking.uri), run_id
         )
+
+    def worker(settings: dict[str, Any]) -> dict[str, float]:
+        # A closure travels by value: Ray's controller need not import the models, which takes it many seconds.
+        from training.loop import train_loop
+
+        return train_loop(settings)
+
     # Ray reads this in the driver; its default of 60 s is too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
     trainer = TorchTrainer(
-        train_loop,  # type: ignore[arg-type]
+        worker,  # type: ignore[arg-type]
         train_loop_config={"config": config.model_dump(mode="json"), "metric_log": metric_log},
         scaling_config=scaling(config),
         torch_config=TorchConfig(timeout_s=config.workers.timeout_s),

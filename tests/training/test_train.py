@@ -10,12 +10,14 @@ import ray
 import safetensors.torch
 from ray.train import UserCallback
 
+from common import config as configs
 from common import storage
 from common.config import apply, dump
 from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
 from training.checkpoint import best_url, load_run, run_url
 from training.config import TrainConfig
+from training.evaluate import evaluate_run
 from training.train import only_driver, train
 
 
@@ -58,6 +60,11 @@ def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
     assert tracked.data.tags["best_checkpoint"] == best_url(url)
     assert {"train/loss", "train/caption", "val/order", "test/r1"} <= set(tracked.data.metrics)
     assert [step for step, _ in train_losses(tiny)] == [1, 2, 3, 4]
+    # Evaluated alone, its best weights score the same, on any number of workers.
+    saved = configs.load(TrainConfig, storage.join(url, "config.yaml"), ["workers.num_workers=1"])
+    assert evaluate_run(saved) == pytest.approx(result)
+    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
+        evaluate_run(apply(saved, {"data.test": "dev"}))
     # The same again prints the result and does nothing; another configuration under the name is refused.
     assert train(tiny) == result
     with pytest.raises(RunError, match=r"optim.lr was 0.001, is 0.5.*choose another run.name"):

@@ -1,0 +1,43 @@
+"""Every method and every preset builds and trains: two steps in one plain process, on the tiny backbone."""
+
+import pytest
+import torch
+
+from common import config as configs
+from training import losses, models, optim
+from training.config import PRESETS, TrainConfig
+
+CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a dog", "cutting onions in a kitchen"]
+
+
+def test_every_method_has_a_preset() -> None:
+    presets = [configs.load(TrainConfig, name, [], PRESETS) for name in configs.preset_names(PRESETS)]
+    assert {preset.model.name for preset in presets} == set(models.MODELS)
+
+
+@pytest.mark.parametrize("preset", configs.preset_names(PRESETS))
+def test_a_preset_trains_two_steps(preset: str) -> None:
+    torch.manual_seed(0)
+    tiny = ["model.backbone=tiny", "model.pretrained=null", "optim.lr=1e-5", "optim.lr_new=1e-5", "optim.warmup=0"]
+    config = configs.load(TrainConfig, preset, tiny, PRESETS)
+    model = models.build(config.model)
+    optimizer = optim.build(model, config.optim)
+    size = models.image_size_of("tiny")
+    frames = torch.randint(0, 256, (len(CAPTIONS), config.model.num_frames, 3, size, size), dtype=torch.uint8)
+    tokens = models.tokenize(config.model)(CAPTIONS)
+    weights = torch.ones(model.clip.vocab_size)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    totals = []
+    for step in range(2):
+        optim.set_lr(optimizer, config.optim, step)
+        total = torch.stack(list(losses.compute(model(frames, tokens), config.losses, weights).values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+        optimizer.step()
+        totals.append(total.item())
+    assert totals[1] < totals[0]
+    after = dict(model.named_parameters())
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    # A zero-initialised output hides the gradient of what feeds it for the first step only.
+    assert unchanged == []
