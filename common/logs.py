@@ -70,7 +70,8 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         if done == total or now - shown >= (0.1 if terminal else LINE_EVERY_S):
             shown = now
             rate = done / max(now - start, 1e-9)
-            text = f"{done:,} of {total:,} {what}, {rate:,.1f}/s, {duration(max(total - done, 0) / rate)} left"
+            pace = f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
+            text = f"{done:,} of {total:,} {what}, {pace}, {duration(max(total - done, 0) / rate)} left"
             if terminal:
                 bar = "#" * round(30 * done / max(total, 1))
                 sys.stderr.write(f"\r[{bar:<30}] {text}\033[K" + ("\n" if done == total else ""))

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
@@ -128,6 +129,8 @@ def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | Non
         config = configs.apply(trial_config(study, base, sampled), {"run.name": name})
         train(config, callbacks=[TuneReportCallback()], parent=parent)
 
+    # Tune would copy the driver's AWS keys into each trial's runtime environment, which the dashboard shows.
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name[:4] == "AWS_"}
     # It only waits. A share of a CPU would keep the trial's own workers from fitting, and Tune refuses to reserve
     # nothing at all: so one byte of memory.
     trainable: Callable[..., Any] = tune.with_resources(trial, {"cpu": 0, "memory": 1})

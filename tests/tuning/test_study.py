@@ -1,6 +1,7 @@
 """Studies on a real Ray cluster: four trials end to end, one that fails throughout, and promotion."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 from mlflow import MlflowClient
+from ray.util.state import list_actors
 
 from cluster.local import RayCluster
 from common import config as configs
@@ -62,6 +64,9 @@ def test_four_trials(folder: Path, result: Result) -> None:
         config = configs.load(TrainConfig, f"{trial['run']}/config.yaml")
         assert config.model.model_dump()["cube_init_std"] == trial["values"]["model.cube_init_std"]
         assert config.losses.caption == trial["values"]["losses.caption"]
+    # The nodes have the credentials; no trial's runtime environment, which the dashboard shows, repeats them.
+    trials = [a for a in list_actors(detail=True, limit=1000) if "ImplicitFunc" in a.class_name]
+    assert trials and os.environ["AWS_SECRET_ACCESS_KEY"] not in str(trials)
     assert result["best"]["metric"] == max(t["metric"] for t in result["trials"])
     assert json.loads((folder / "studies/tiny/study.json").read_text()) == result
 
