@@ -20,7 +20,7 @@ from common.config import apply, parse_overrides
 from common.errors import ConfigError, exit_with
 from training import metrics
 from training.config import PRESETS, TrainConfig
-from training.train import connect, train
+from training.train import connect, train, with_absolute_paths
 
 NO_CAPTION = {"model.captioner": None, "losses.caption": 0}
 ROWS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,7 @@ def main() -> int:
     seeds = values.pop("seeds", [0, 1, 2])
     base = configs.load(TrainConfig, "moving_shapes", [f"data.dataset={dataset}", f"run.storage={storage}"], PRESETS)
     base = apply(base, {"workers.num_workers": 1, "tracking.experiment": "ablation", **values})
+    base = with_absolute_paths(base)  # a Ray task has a working folder of its own
     logs.setup()
     connect()
     trial = ray.remote(num_cpus=0, max_retries=0)(_train)

@@ -10,13 +10,13 @@ import training.config
 import tuning.config
 from common.config import Settings
 
-# Module → the schema of its configuration, and the folder of its presets.
-COMMANDS: dict[str, tuple[type[Settings], Path]] = {
-    "datasets_prep.build": (datasets_prep.config.BuildConfig, datasets_prep.config.PRESETS),
-    "training.train": (training.config.TrainConfig, training.config.PRESETS),
-    "retrieval.embed": (retrieval.config.EmbedConfig, retrieval.config.PRESETS / "embed"),
-    "retrieval.index": (retrieval.config.IndexConfig, retrieval.config.PRESETS / "index"),
-    "tuning.study": (tuning.config.StudyConfig, tuning.config.STUDIES),
+# Module → the schema of its configuration, the folder of its presets, and the keys that a job needs absolute.
+COMMANDS: dict[str, tuple[type[Settings], Path, tuple[str, ...]]] = {
+    "datasets_prep.build": (datasets_prep.config.BuildConfig, datasets_prep.config.PRESETS, ("output",)),
+    "training.train": (training.config.TrainConfig, training.config.PRESETS, training.config.PATHS),
+    "retrieval.embed": (retrieval.config.EmbedConfig, retrieval.config.PRESETS / "embed", ("run", "dataset", "output")),
+    "retrieval.index": (retrieval.config.IndexConfig, retrieval.config.PRESETS / "index", ("embeddings", "output")),
+    "tuning.study": (tuning.config.StudyConfig, tuning.config.STUDIES, ("storage", "tracking.uri")),
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster.local import start_ray, start_s3
 from common import storage
-from common.errors import NotFoundError, RunError, exit_with
+from common.errors import RunError, exit_with
 from common.logs import LINE_EVERY_S, duration
 from training import metrics, tracking
 
@@ -90,15 +90,12 @@ def report(stages_s: Mapping[str, float], folder: Path) -> dict[str, Any]:
         "ceiling_order": ORDER_BLIND,
         "num_videos": int(scores["num_videos"]),
         "stages_s": {name: round(seconds, 1) for name, seconds in stages_s.items()},
-        "mlflow_run": None,
+        "mlflow_run": tracking.log_artifact(RUN, sheet),
         "dataset": DATASET,
         "run": RUN,
         "index": INDEX,
         "contact_sheet": str(sheet),
     }
-    with contextlib.suppress(NotFoundError):  # MLflow was out, and training went on without it
-        tracking.log_artifact(RUN, sheet)
-        result["mlflow_run"] = tracking.page(RUN)
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
     print(f"all figures:   {folder / 'result.json'}")
@@ -143,41 +140,46 @@ class Stages:
 
     def run(self, name: str, *command: str) -> None:
         """Run a command; its output goes to a log, its progress to the terminal. Raises RunError if it fails."""
-        log = self.logs / f"{name}.log"
-        with self.timed(name), open(log, "w") as file:
-            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            assert child.stdout is not None
-            last: list[str] = []
-            shown = 0.0
-            for line in child.stdout:
-                file.write(line)
-                file.flush()
-                last = [*last[-7:], line.rstrip()]
-                if time.monotonic() - shown > (0.2 if sys.stdout.isatty() else LINE_EVERY_S) and show(line):
-                    shown = time.monotonic()
+        path = self.logs / f"{name}.log"
+        with self.timed(name), open(path, "w") as log, open(path) as output:
+            child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            start = shown = time.monotonic()
+            progress, ended = "", False
+            while not ended:
+                ended = child.poll() is not None  # asked before reading: its last lines are read too
+                latest = next((text for line in reversed(output.readlines()) if (text := counted(line))), "")
+                progress = latest or progress
+                now = time.monotonic()
+                if sys.stdout.isatty():
+                    show_bar(progress, now - start)
+                elif now - shown > LINE_EVERY_S or (ended and latest):
+                    print(f"  {progress or name + ' runs'}, {duration(now - start)} so far", flush=True)
+                    shown = now
+                time.sleep(0 if ended else 0.2)
             if sys.stdout.isatty():
-                print("\r\033[K", end="")
-            if child.wait() != 0:
-                reason = next((text for text in reversed(last) if "error: " in text), "\n".join(last))
-                raise RunError(f"stage {name} failed ({log}): {reason}")
+                print("\r\033[K", end="", flush=True)
+            text = path.read_text().rstrip()
+            if child.returncode != 0:
+                last = text.splitlines()[-8:]
+                reason = next((line for line in reversed(last) if "error: " in line), "\n".join(last))
+                raise RunError(f"stage {name} failed ({path}): {reason}")
             if name == "search":
-                print(log.read_text().rstrip())
+                print(text)
 
 
-def show(line: str) -> bool:
-    """Show a progress line: as a bar on a terminal, as itself in a log. False for any other line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
-    text = text.split(" INFO ", 1)[-1]
-    match = COUNTER.search(text)
-    if match is None or " left" not in text:
-        return False
-    done, total = (int(group.replace(",", "")) for group in match.groups() if group)
-    if sys.stdout.isatty():
-        bar = "#" * round(24 * done / max(total, 1))
-        print(f"\r  [{bar:<24}] {text[: shutil.get_terminal_size().columns - 30]}\033[K", end="", flush=True)
-    else:
-        print(f"  {text}", flush=True)
-    return True
+def counted(line: str) -> str:
+    """What a progress line says without its prefix and colours; "" for any other line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip().split(" INFO ", 1)[-1]
+    return text if COUNTER.search(text) and " left" in text else ""
+
+
+def show_bar(progress: str, seconds: float) -> None:
+    """One line of a terminal, over the one before: a bar, as far as the work can be counted."""
+    match = COUNTER.search(progress)
+    done, total = (int(group.replace(",", "")) for group in match.groups() if group) if match else (0, 1)
+    bar = "#" * round(24 * done / max(total, 1))
+    text = f"  [{bar:<24}] {duration(seconds)} {progress}"
+    print(f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True)
 
 
 def main() -> int:

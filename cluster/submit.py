@@ -62,10 +62,11 @@ def check(command: Sequence[str], tracked: Sequence[str]) -> None:
         return
     if not arguments:
         raise ConfigError(f"no preset given: python -m {module} PRESET [key.path=value ...]")
-    schema, presets = COMMANDS[module]
+    schema, presets, paths = COMMANDS[module]
     config = configs.load(schema, arguments[0], arguments[1:], presets)
     if isinstance(config, StudyConfig):
         resolve(config)
+    configs.refuse_relative(config, *paths)
     _check_travels(arguments[0], presets, tracked)
 
 

@@ -21,7 +21,9 @@ from common.errors import ConfigError
 class Settings(BaseModel):
     """Base of every configuration section: frozen, unknown keys refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 S = TypeVar("S", bound=Settings)
@@ -75,13 +77,17 @@ def dump(config: Settings) -> str:
 
 
 def refuse_relative_in_job(config: Settings, *paths: str) -> None:
-    """Raise ConfigError if one of these dotted keys holds a relative path and this process is a submitted job's.
+    """Raise ConfigError if one of these dotted keys holds a relative path and this process is a submitted job's."""
+    if "_ray_pkg_" in str(Path.cwd()):  # how Ray names the unpacked working_dir
+        refuse_relative(config, *paths)
+
+
+def refuse_relative(config: Settings, *paths: str) -> None:
+    """Raise ConfigError if one of these dotted keys holds a relative path.
 
     A job runs in a copy of the code that is deleted with the session: what it writes there is lost, and what the
     submitter meant is not there.
     """
-    if "_ray_pkg_" not in str(Path.cwd()):  # how Ray names the unpacked working_dir
-        return
     for path in paths:
         value: Any = config
         for name in path.split("."):

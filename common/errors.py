@@ -25,6 +25,10 @@ class NotFoundError(StorageError):
     """The URL names no object."""
 
 
+class NoBucketError(NotFoundError):
+    """The URL's bucket does not exist."""
+
+
 class AlreadyExistsError(StorageError):
     """A conditional publish found an object in its place."""
 

@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common import storage
-from common.errors import DataError, NotFoundError
+from common.errors import DataError, NoBucketError, NotFoundError
 
 FORMAT_VERSION = 1
 Payload = Literal["video", "frames"]
@@ -133,9 +133,9 @@ def read_dataset(url: str) -> tuple[DatasetIndex, str]:
     """`dataset.json` below `url` and its sha256. Raises DataError if the build has not finished or it is damaged."""
     try:
         data = storage.read(storage.join(url, "dataset.json"))
-    except NotFoundError as error:
-        if "bucket" in str(error):
-            raise
+    except NoBucketError:
+        raise
+    except NotFoundError:
         raise DataError(
             f"{url} holds no dataset.json: no dataset, or its build has not finished (run it again to go on)"
         ) from None

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from common.errors import AlreadyExistsError, NotFoundError, StorageError
+from common.errors import AlreadyExistsError, NoBucketError, NotFoundError, StorageError
 
 MULTIPART_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
@@ -146,10 +146,22 @@ def exists(url: str) -> bool:
             bucket, key = _split(url)
             _client().head_object(Bucket=bucket, Key=key)
             return True
-    except NotFoundError as error:
-        if "bucket" in str(error):
-            raise
+    except NoBucketError:
+        raise
+    except NotFoundError:
+        if is_s3(url):
+            _check_bucket(url)
         return False
+
+
+def _check_bucket(url: str) -> None:
+    """Raise NoBucketError if the bucket is missing: the answer to a HEAD of an object does not tell."""
+    bucket, _ = _split(url)
+    try:
+        with _told(url, "look up"):
+            _client().head_bucket(Bucket=bucket)
+    except NotFoundError:
+        raise _no_bucket(url, "look up") from None
 
 
 def delete(url: str) -> None:
@@ -266,9 +278,9 @@ def _s3_error(url: str, verb: str, error: Exception) -> StorageError:
     code = str(response.get("Error", {}).get("Code", ""))
     where = f"bucket {bucket!r}, key {key!r}" + (f" at {_endpoint()}" if _endpoint() else "")
     if code == "NoSuchBucket":
-        return NotFoundError(f"cannot {verb} {url}: bucket {bucket!r} does not exist; create it or correct the URL")
+        return _no_bucket(url, verb)
     if code in ("NoSuchKey", "404"):
-        return NotFoundError(f"{url} does not exist ({where})".replace("bucket", "in", 1))
+        return NotFoundError(f"{url} does not exist" + (f" at {_endpoint()}" if _endpoint() else ""))
     if code in ("InvalidRange", "416"):
         return StorageError(f"{url} ends early: there is nothing at the offset asked for")
     if code in ("PreconditionFailed", "412"):
@@ -282,3 +294,8 @@ def _s3_error(url: str, verb: str, error: Exception) -> StorageError:
         return StorageError(f"cannot {verb} {where}: no credentials; {way_out}")
     cause = code or str(inner).splitlines()[0]
     return StorageError(f"cannot {verb} {where}: {cause} (after {MAX_ATTEMPTS} attempts)")
+
+
+def _no_bucket(url: str, verb: str) -> NoBucketError:
+    bucket, _ = _parts(url)
+    return NoBucketError(f"cannot {verb} {url}: bucket {bucket!r} does not exist; create it or correct the URL")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import imageio_ffmpeg
 
-from common.errors import DataError
+from common.errors import DataError, RunError
 from datasets_prep.config import VideoConfig
 
 
@@ -171,7 +171,13 @@ def _run(arguments: list[str], timeout_s: float) -> tuple[int, str, str]:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, err.decode(errors="replace"), out.decode(errors="replace")
+    text = err.decode(errors="replace")
+    # The node's fault, not the clip's: a rejected clip would be missing from the dataset for ever.
+    if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+        raise RunError("ffmpeg was killed, probably for want of memory: raise cpus_per_task and run again to go on")
+    if "No space left on device" in text:
+        raise RunError("ffmpeg found no space left on the node's disk: make room and run again to go on")
+    return process.returncode, text, out.decode(errors="replace")
 
 
 def _reason(text: str) -> str:

@@ -20,6 +20,7 @@ from retrieval.config import PRESETS, EmbedConfig
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
 from retrieval.encoder import Embedder, encode_sentences, load_two_tower
 from training.checkpoint import weights_sha256
+from training.train import connect
 
 log = logging.getLogger(__name__)
 WAIT_S = 30.0
@@ -141,7 +142,7 @@ def _actors(config: EmbedConfig, source: Source, wanted: int) -> list[Any]:
 def main() -> None:
     logs.setup()
     config = from_command_line(EmbedConfig, PRESETS / "embed", "retrieval.embed")
-    ray.init(log_to_driver=True, logging_level=logging.WARNING)
+    connect()
     embed(config)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common import storage
-from common.errors import AlreadyExistsError, DataError, NotFoundError, RunError
+from common.errors import AlreadyExistsError, DataError, NoBucketError, NotFoundError, RunError
 
 Vectors = NDArray[np.float16] | NDArray[np.float32]
 
@@ -118,9 +118,9 @@ def read_embeddings(url: str) -> Embeddings:
     place = storage.join(url, "embeddings.json")
     try:
         return parse(Embeddings, storage.read(place), place)
-    except NotFoundError as error:
-        if "bucket" in str(error):
-            raise
+    except NoBucketError:
+        raise
+    except NotFoundError:
         raise DataError(
             f"{url} holds no embeddings.json: no embeddings, or retrieval.embed has not finished (run it again)"
         ) from None

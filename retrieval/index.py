@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from common import logs, shards, storage
 from common.config import from_command_line, refuse_relative_in_job
-from common.errors import DataError, NotFoundError, exit_with
+from common.errors import DataError, NoBucketError, NotFoundError, exit_with
 from retrieval.config import PRESETS, IndexConfig
 from retrieval.embeddings import Embeddings, Record, Source, parse, read_embeddings, read_part
 
@@ -107,9 +107,9 @@ def open_index(url: str) -> Index:
     place = storage.join(url, INFO)
     try:
         info = parse(IndexInfo, storage.read(place), place)
-    except NotFoundError as error:
-        if "bucket" in str(error):
-            raise
+    except NoBucketError:
+        raise
+    except NotFoundError:
         raise DataError(
             f"{url} holds no index.json: no index, or retrieval.index has not finished (run it again)"
         ) from None

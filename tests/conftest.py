@@ -10,12 +10,15 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from cluster.local import RayCluster, S3Server, start_ray, start_s3
 from cluster.processes import write_private
 
 REPOSITORY = Path(__file__).parents[1]
+hypothesis.settings.register_profile("no timing", deadline=None)
+hypothesis.settings.load_profile("no timing")
 
 # Ray reads its authentication mode once, when it is imported, and that is before any fixture runs. So mode and token
 # are set here: for `ray_local`, and for a test that starts a Ray of its own, which would else write a token under the

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
 
 PRESETS = Path(__file__).parent / "presets"
+PATHS = ("run.storage", "data.dataset", "tracking.uri")  # what a job that is submitted needs absolute
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -141,6 +143,7 @@ class WorkerConfig(Settings):
     bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")
     max_failures: int = Field(3, ge=-1, description="restarts after a failed worker; -1 = without end")
     timeout_s: PositiveInt = Field(600, description="seconds until a hung collective is an error")
+    autoscale: bool = Field(False, description="the cluster grows: wait for resources that it does not have yet")
     start_timeout_s: PositiveInt = Field(600, description="seconds to wait for the workers' resources")
 
 
@@ -177,6 +180,13 @@ class TrainConfig(Settings):
             raise ValueError("eval.select=order needs eval.twins=true")
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.data.crop_scale)} is no range: write [low, high], low > 0")
+        if urlsplit(
+            self.tracking.uri
+        ).password:  # it would be shown in config.yaml, logs and MLflow; so is no value here
+            raise ValueError(
+                "tracking.uri holds a password: leave it out and set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the nodes' environment"
+            )
         if not self.data.test and not self.data.val:
             raise ValueError("data.val and data.test are both null: nothing could be measured")
         return self

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from common.errors import RunError
 from training import metrics
 from training.collectives import gather_objects
 from training.config import EvalConfig
@@ -56,6 +57,8 @@ def evaluate(
 def score(videos: list[Tensor], texts: list[Tensor], infos: list, config: EvalConfig) -> dict[str, float]:
     """Metrics from the vectors of all ranks; `infos` are the SampleInfos in the order of the videos."""
     text_TD, video_VD = torch.cat(texts), torch.cat(videos)
+    if not (text_TD.isfinite().all() and video_VD.isfinite().all()):  # comparisons with NaN would rank all first
+        raise RunError("the model's vectors are not finite, so nothing can be ranked: lower optim.lr")
     owner_T = [v for v, info in enumerate(infos) for _ in info.captions]
     sentences = [c.text for info in infos for c in info.captions]
     result = metrics.retrieval_metrics(text_TD, video_VD, sentences, owner_T)

@@ -8,6 +8,7 @@ RUN is the run's folder (STORAGE/NAME); its config.yaml is the preset, and data.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -53,11 +54,17 @@ def _worker(values: dict[str, Any]) -> dict[str, float]:
     return test_metrics(config, model, run_url(config), device, None)
 
 
+def arguments(argv: Sequence[str]) -> list[str]:
+    """The command line with RUN as preset, and as the place of the weights wherever it lay when it was trained."""
+    if not argv or argv[0].startswith("-"):
+        return list(argv)
+    run = storage.absolute(argv[0].removesuffix("/config.yaml").rstrip("/"))
+    folder, _, name = run.rpartition("/")
+    return [storage.join(run, "config.yaml"), f"run.storage={folder}", f"run.name={name}", *argv[1:]]
+
+
 def main() -> int:
-    arguments = sys.argv[1:]
-    if arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".yaml"):
-        arguments[0] = storage.join(arguments[0], "config.yaml")
-    config = configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments)
+    config = configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments(sys.argv[1:]))
     logs.setup()
     connect()
     print(json.dumps({"run": run_url(config), "split": config.data.test, **evaluate_run(config)}, indent=2))

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import ConfigError
+
 CHUNK_SCORES = 64 * 2**20 // 4  # scores held at once: 64 MiB
 
 
@@ -53,7 +55,8 @@ def order_score(
         members[source].append(video)
     twin = {a: b for pair in members.values() if len(pair) == 2 for a, b in (pair, pair[::-1])}
     texts = [t for t, video in enumerate(owner_T) if video in twin]
-    assert texts, "no source has exactly two videos"
+    if not texts:
+        raise ConfigError("eval.twins=true, but no source_id has exactly two videos: set eval.twins=false")
     own = torch.as_tensor([owner_T[t] for t in texts])
     other = torch.as_tensor([twin[int(v)] for v in own])
     gap_T = (text_TD[texts].double() * (video_VD[own].double() - video_VD[other].double())).sum(-1)

@@ -55,6 +55,8 @@ def find_or_create(config: TrainConfig, run: str, dataset_sha256: str, parent: s
 
 
 def _create(config: TrainConfig, uri: str, run: str, dataset_sha256: str, parent: str | None) -> str:
+    from mlflow.entities import Param
+
     client = _client(uri)
     name = config.tracking.experiment
     experiment = client.get_experiment_by_name(name)
@@ -69,8 +71,9 @@ def _create(config: TrainConfig, uri: str, run: str, dataset_sha256: str, parent
     if parent:
         tags["mlflow.parentRunId"] = parent
     run_id = client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id
-    for key, value in _flat(config.model_dump(mode="json")).items():
-        client.log_param(run_id, key, value)
+    params = [Param(key, value) for key, value in _flat(config.model_dump(mode="json")).items()]
+    for start in range(0, len(params), 100):  # MLflow's limit per call
+        client.log_batch(run_id, params=params[start : start + 100])
     client.log_text(run_id, configs.dump(config), "config.yaml")
     return str(run_id)
 
@@ -94,17 +97,20 @@ def set_tags(config: TrainConfig, run_id: str, tags: dict[str, str]) -> None:
         log.warning("MLflow did not take the tags %s: %s", ", ".join(tags), str(error).splitlines()[0])
 
 
-def log_artifact(run: str, path: Path) -> None:
-    """Attach a local file to the MLflow run of a run folder."""
-    record = json.loads(storage.read(storage.join(run, RECORD)))
-    _client(record["uri"]).log_artifact(record["run_id"], str(path))
+def log_artifact(run: str, path: Path) -> str | None:
+    """Attach a local file to the MLflow run of a run folder, and say where that run is seen. None in an outage.
 
-
-def page(run: str) -> str:
-    """Where the MLflow run of a run folder can be seen; for a local store, in the server of `make mlflow`."""
-    record = json.loads(storage.read(storage.join(run, RECORD)))
+    The page of a local store is in the server of `make mlflow`.
+    """
+    try:
+        record = json.loads(storage.read(storage.join(run, RECORD)))
+        client = _client(record["uri"])
+        client.log_artifact(record["run_id"], str(path))
+        experiment = client.get_run(record["run_id"]).info.experiment_id
+    except Exception as error:
+        log.warning("MLflow did not take %s: %s", path.name, str(error).splitlines()[0])
+        return None
     server = LOCAL_SERVER if is_local(record["uri"]) else record["uri"]
-    experiment = _client(record["uri"]).get_run(record["run_id"]).info.experiment_id
     return f"{server}/#/experiments/{experiment}/runs/{record['run_id']}"
 
 

@@ -20,11 +20,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
+from common.errors import ConfigError, DataError, NotFoundError, RunError, exit_with, told
 from training import models, tracking
 from training.checkpoint import best_url, run_url
-from training.config import PRESETS, TrainConfig
+from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import sample_order
+from training.failures import TellFailures
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
     for split in (*config.data.train, config.data.val, config.data.test):
         if split is not None:
             dataset.split(split)
+    if dataset.payload != "video":
+        raise DataError(f"dataset {config.data.dataset} holds {dataset.payload}, training reads video: build it so")
     sample_order(config, dataset)
     models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
     storage.check_writable(run)
@@ -68,11 +71,15 @@ def _fit(
             tracking.absolute_uri(config.tracking.uri), run_id
         )
 
-    def worker(settings: dict[str, Any]) -> dict[str, float]:
+    def worker(settings: dict[str, Any]) -> dict[str, Any]:
         # A closure travels by value: Ray's controller need not import the models, which takes it many seconds.
         from training.loop import train_loop
 
-        return train_loop(settings)
+        try:
+            return train_loop(settings)
+        except (ConfigError, RunError) as error:
+            # Every rank meets it alike. Raised, it would only make Ray start the workers again, and again.
+            return {"error": error}
 
     # Ray reads this in the driver; its default of 60 s is too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
@@ -86,11 +93,13 @@ def _fit(
             storage_path=storage.absolute(config.run.storage),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
-            callbacks=list(callbacks),  # type: ignore[arg-type]
+            callbacks=[*callbacks, TellFailures()],  # type: ignore[list-item]
         ),
     )
     try:
-        result: dict[str, float] = trainer.fit().return_value  # type: ignore[attr-defined]
+        result: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+        if "error" in result:
+            raise result["error"]
     except Exception as error:
         if run_id is not None:
             tracking.finish(config, run_id, {}, failed=True)
@@ -114,17 +123,13 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
     for name, needed in resources.items():
         there = ray.cluster_resources().get(name, 0)
-        if num_workers * needed > there and not _can_grow():
+        if num_workers * needed > there and not workers.autoscale:
             raise ConfigError(
                 f"workers.num_workers={num_workers} with {needed:g} {name} each need {num_workers * needed:g} {name}, "
-                f"the cluster has {there:g}: lower workers.num_workers or workers.cpus_per_worker"
+                f"the cluster has {there:g}: lower workers.num_workers or workers.cpus_per_worker, "
+                "or set workers.autoscale=true if the cluster grows"
             )
     return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources)
-
-
-def _can_grow() -> bool:
-    """An autoscaler may bring the missing resources; Ray itself then waits `workers.start_timeout_s` for them."""
-    return bool(os.environ.get("RAY_CLUSTER_AUTOSCALES"))
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -133,7 +138,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: a path is relative in a submitted job.
     """
-    configs.refuse_relative_in_job(config, "run.storage", "data.dataset", "tracking.uri")
+    configs.refuse_relative_in_job(config, *PATHS)
     paths = {"run.storage": config.run.storage, "data.dataset": config.data.dataset, "data.cache": config.data.cache}
     changes = {key: storage.absolute(value) for key, value in paths.items()}
     for key, value in {"model.backbone": config.model.backbone, "model.pretrained": config.model.pretrained}.items():
@@ -151,7 +156,7 @@ def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:
     try:
         theirs = json.loads(storage.read(url))
     except NotFoundError:
-        storage.publish_bytes(json.dumps(mine, indent=2).encode(), url)
+        storage.publish_bytes(json.dumps(mine, indent=2).encode(), url, if_none_match=True)
         return
     differing = list(_differences(mine, theirs, ""))
     if differing:
@@ -211,7 +216,11 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
     dashboard = None if address else True
-    ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
+    try:
+        ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"no Ray cluster at RAY_ADDRESS={address} ({reason}): correct it, or unset it") from None
 
 
 def main() -> int:

@@ -20,7 +20,8 @@ from common.errors import ConfigError, ProjectError, RunError
 from tests import entry
 
 TRACKED = ["training/train.py", "training/presets/tiny.yaml", "datasets_prep/build.py", "tuning/study.py"]
-TRAIN = ["python", "-m", "training.train", "tiny", "data.dataset=s3://datasets/x"]
+TRAIN = ["python", "-m", "training.train", "tiny", "data.dataset=s3://datasets/x", "run.storage=s3://runs"]
+TRAIN.append("tracking.uri=http://mlflow:5000")
 
 
 @pytest.fixture
@@ -47,10 +48,12 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ([*TRAIN, "optim.lrr=1"], ["optim.lrr", "optim.lr"]),
         ([*TRAIN, "optim.lr=fast"], ["optim.lr", "fast"]),
         ([*TRAIN, "optim.lr"], ["optim.lr", "key.path=value"]),
+        ([*TRAIN, "run.storage=runs"], ["run.storage=runs is relative", "full path or a URL"]),
+        ([*TRAIN, "tracking.uri=sqlite:///mlflow.db"], ["tracking.uri=sqlite:///mlflow.db is relative"]),
         (["python3.11", "-m", "training.train", "tyni"], ["tyni", "tiny"]),
         (["python", "-m", "training.train"], ["no preset"]),
         (["python", "-m", "training.trian", "tiny"], ["training.trian", "training.train"]),
-        (["python", "-m", "datasets_prep.build", "tiny", "output=x"], ["preset tiny.yaml", "not tracked"]),
+        (["python", "-m", "datasets_prep.build", "tiny", "output=s3://x"], ["preset tiny.yaml", "not tracked"]),
         (["python", "-m", "training.train", "./mine.yaml"], ["mine.yaml"]),
         (["python", "-m", "tuning.study", "tiny", 'space={"optim.lrr": {"choice": [1]}}'], ["optim.lrr"]),
     ],
@@ -69,10 +72,10 @@ def test_a_right_command_and_a_strange_one_pass() -> None:
 
 
 def test_every_command_that_is_checked_exists_and_has_presets() -> None:
-    for module, (schema, presets) in COMMANDS.items():
+    for module, (schema, presets, paths) in COMMANDS.items():
         assert (entry.REPOSITORY / f"{module.replace('.', '/')}.py").is_file()
         assert configs.preset_names(presets), module
-        assert configs.keys(schema)
+        assert set(paths) <= set(configs.keys(schema))
 
 
 def test_exactly_the_tracked_files_travel(repository: Path) -> None:

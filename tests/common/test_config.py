@@ -97,6 +97,7 @@ def test_overrides_reach_the_loaded_preset(presets: Path) -> None:
         ("model.width=3", ["model.name is required", "model.name=..."]),
         ("zzz=3", ["'zzz'", "--help"]),
         ("optim.lr=-1", ["optim.lr=-1", "greater than 0"]),
+        ("optim.lr=Infinity", ["optim.lr=Infinity", "finite"]),
         ("optim.lr=fast", ['optim.lr="fast"', "number"]),
         ("optim.betas=[1]", ["optim.betas"]),
         ("splits=train", ['splits="train"', "list"]),

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.local import S3Server
 from common import storage
-from common.errors import AlreadyExistsError, NotFoundError, StorageError
+from common.errors import AlreadyExistsError, NoBucketError, NotFoundError, StorageError
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -203,6 +203,16 @@ def test_a_missing_bucket_is_told_by_every_call(s3_server: S3Server, tmp_path: P
         with pytest.raises(StorageError, match="no-such-bucket") as told:
             call()
         assert "bucket" in str(told.value), number
+
+
+def test_a_name_with_bucket_in_it_is_no_missing_bucket(s3: str, tmp_path: Path) -> None:
+    url = f"{s3}/my-bucket/none"
+    assert not storage.exists(url)
+    with pytest.raises(NotFoundError, match=f"^{url} does not exist") as told:
+        storage.read(url)
+    assert not isinstance(told.value, NoBucketError)
+    with pytest.raises(NoBucketError, match="'gone' does not exist"):
+        storage.exists("s3://gone/key")
 
 
 @pytest.mark.parametrize("wrong", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])

@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import DataError
@@ -17,7 +17,6 @@ def plan(clips: list[Clip], max_samples: int = 10, max_bytes: int = 1000, seed: 
     return make_plan(clips, ShardConfig(max_samples=max_samples, max_bytes=max_bytes), seed, {"video": {"crf": 23}})
 
 
-@settings(deadline=None)
 @given(
     sources=st.lists(st.integers(1, 7), min_size=1, max_size=30),
     max_samples=st.integers(1, 8),

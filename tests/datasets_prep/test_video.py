@@ -5,7 +5,7 @@ from pathlib import Path
 import decord
 import pytest
 
-from common.errors import DataError
+from common.errors import DataError, RunError
 from datasets_prep import video
 from datasets_prep.config import VideoConfig
 from tests.datasets_prep.conftest import SOUND, ffmpeg, picture
@@ -143,6 +143,21 @@ def test_an_endless_ffmpeg_is_killed(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not converted within video.timeout_s=0.5"):
         video._run(["-v", "error", "-re", "-f", "lavfi", "-i", "testsrc2=duration=600", "-f", "null", "-"], 0.5)
     assert time.monotonic() - began < 300  # it would have gone on for 600 s
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [("kill -9 $$", "ffmpeg was killed"), ("echo 'av_write: No space left on device' >&2; exit 1", "no space left")],
+)
+def test_a_fault_of_the_node_rejects_no_clip(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
+) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(video.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
+    with pytest.raises(RunError, match=f"{message}.*run again to go on"):
+        video.convert(videos / "small.mp4", tmp_path / "out.mp4", VideoConfig(), None, None)
 
 
 @pytest.mark.parametrize("name", ["wide.mp4", "small.mp4"])

@@ -55,6 +55,14 @@ def test_a_damaged_shard_is_refused_by_name_and_leaves_nothing_behind(tmp_path: 
     assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
+def test_a_marker_of_another_build_is_refused(tmp_path: Path):
+    entry = make_shard(tmp_path / "data", 0, b"x" * 100)
+    make_shard(tmp_path / "data", 0, b"y" * 100)
+    (tmp_path / "data" / entry.name).write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match=r"shard-000000.tar: its marker is not the one"):
+        opened(tmp_path).open(entry)
+
+
 def test_a_transfer_that_fails_once_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     entry = make_shard(tmp_path / "data", 0, b"x" * 100)
     original, failures = caches.shards.fetch_shard, [StorageError("the line dropped")]
@@ -72,10 +80,12 @@ def test_the_least_recently_used_shards_go_first_and_open_ones_read_on(tmp_path:
     entries = [make_shard(tmp_path / "data", n, bytes([n]) * 100) for n in range(4)]
     cache = opened(tmp_path, limit=250)
     first, _ = cache.open(entries[0])
+    unfinished = tmp_path / "cache" / ".tmp-1-shard-000009.tar"  # another process's download
+    unfinished.write_bytes(bytes(240))
     for entry in entries[1:]:
         cache.open(entry)
     left = sorted(p.name for p in (tmp_path / "cache").rglob("*.tar"))
-    assert left == ["shard-000002.tar", "shard-000003.tar"]
+    assert left == [unfinished.name, "shard-000002.tar", "shard-000003.tar"]
     assert first.read() == bytes([0]) * 100
     with pytest.raises(StorageError, match=r"data.cache_bytes=50 is less than one shard"):
         opened(tmp_path, limit=50, folder="other").open(entries[0])

@@ -6,7 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import ConfigError, RunError
+from common.shards import Caption, SampleInfo
 from training import metrics
+from training.config import EvalConfig
+from training.encode import score
 
 
 def naive_rank(scores: list[float], right: set[int]) -> float:
@@ -65,3 +69,33 @@ def test_order_score_counts_wins_ties_and_losses():
     video = torch.tensor([[0.9, 0], [0.1, 0], [0.5, 0], [0.5 + 5e-7, 0], [0.3, 0], [0, 0]])
     sources = ["a", "a", "b", "b", "alone", "c"]
     assert metrics.order_score(text, video, range(6), sources) == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
+
+
+def infos(*sources: str) -> list[SampleInfo]:
+    return [
+        SampleInfo(
+            video_id=str(i),
+            source_id=source,
+            captions=[Caption(id=f"{i}#0", text=f"caption {i}")],
+            duration_s=1.0,
+            fps=1.0,
+            num_frames=1,
+            width=8,
+            height=8,
+        )
+        for i, source in enumerate(sources)
+    ]
+
+
+def test_vectors_that_are_not_finite_are_no_perfect_score():
+    vectors = torch.eye(2)
+    assert score([vectors], [vectors], infos("a", "b"), EvalConfig())["r1"] == 100
+    for broken in (float("nan"), float("inf")):
+        with pytest.raises(RunError, match=r"not finite.*lower optim\.lr"):
+            score([vectors], [torch.full((2, 2), broken)], infos("a", "b"), EvalConfig())
+
+
+def test_an_order_score_needs_twins():
+    with pytest.raises(ConfigError, match=r"eval\.twins=true, but no source_id has exactly two videos"):
+        score([torch.eye(2)], [torch.eye(2)], infos("a", "b"), EvalConfig(twins=True))
+    assert score([torch.eye(2)], [torch.eye(2)], infos("a", "a"), EvalConfig(twins=True))["order"] == 1

@@ -1,11 +1,15 @@
 """What the methods compute: the switch, the aggregation, CLIP's own towers, frames and views."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from common import storage
 from common.config import validate
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 from training import models
 from training.config import MeanPoolConfig, PromptSwitchConfig
 from training.encode import encode_clips
@@ -204,6 +208,41 @@ def test_pretrained_weights_load_from_a_file_and_a_wrong_one_is_one_sentence(tmp
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="cannot be loaded into tiny"):
         clip_tower.build_clip("tiny", str(tmp_path / "broken.pt"))
+
+
+def test_openais_own_archives_load_and_so_do_objects_on_s3(tmp_path: Path, s3: str):
+    torch.manual_seed(0)
+    clip = clip_tower.build_clip("tiny", None)
+
+    class Archive(torch.nn.Module):
+        """As OpenAI's files: TorchScript, half precision, three sizes among the weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = torch.nn.Module()
+            for name, value in clip.state_dict().items():
+                module: torch.nn.Module = self
+                *path, last = name.split(".")
+                for part in path:
+                    if not hasattr(module, part):
+                        module.add_module(part, torch.nn.Module())
+                    module = getattr(module, part)
+                module.register_buffer(last, value.half())
+            self.register_buffer("input_resolution", torch.tensor(64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.save(torch.jit.script(Archive()), tmp_path / "openai.pt")
+    storage.publish(tmp_path / "openai.pt", f"{s3}/openai.pt")
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    for place in (tmp_path / "openai.pt", f"{s3}/openai.pt"):
+        torch.manual_seed(1)
+        loaded = clip_tower.build_clip("tiny", str(place)).state_dict()
+        torch.testing.assert_close(loaded["visual.proj"], clip.visual.proj.detach().half().float())
+    assert set(Path(tempfile.gettempdir()).iterdir()) <= before
+    with pytest.raises(StorageError, match="does not exist"):
+        clip_tower.build_clip("tiny", f"{s3}/none.pt")
 
 
 def test_the_small_vocabulary_is_a_prefix_of_clips_own():

@@ -17,7 +17,7 @@ from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
 from training.checkpoint import best_url, load_run, run_url
 from training.config import TrainConfig
-from training.evaluate import evaluate_run
+from training.evaluate import arguments, evaluate_run
 from training.train import only_driver, train
 
 
@@ -120,18 +120,48 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
         train(apply(tiny, changes))
 
 
-def test_a_damaged_shard_ends_the_run_with_its_name(tiny: TrainConfig, shapes: str, s3: str):
+def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):
     copy = storage.join(s3, "damaged")
     for entry in storage.list_files(shapes):
         data = storage.read(entry.url)
         if "/train/" in entry.url and entry.url.endswith(".tar"):
             data = data[:-1000] + bytes(1000)[:-1] + b"x"
         storage.publish_bytes(data, copy + entry.url.removeprefix(shapes))
-    with pytest.raises(DataError, match=r"train/shard-00000\d.tar is damaged"):
-        train(apply(tiny, {"data.dataset": copy, "workers.max_failures": 0}))
+    # Read by a loader's own process, as the presets do: neither torch's nor Ray's traceback is shown.
+    workers = {"workers.max_failures": 0, "workers.loader_workers": 1, "workers.num_workers": 1}
+    (tmp_path / "damaged.yaml").write_text(dump(apply(tiny, {"data.dataset": copy, **workers})))
+    assert_refused(run("training.train", str(tmp_path / "damaged.yaml")), "train/shard-00000", ".tar is damaged")
 
 
-def test_the_command_line_tells_mistakes_in_one_sentence():
+def test_a_mistake_that_only_workers_see_is_told_once(tiny: TrainConfig, tmp_path: Path):
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    changes = {"model.pretrained": str(tmp_path / "weights.pt"), "workers.num_workers": 1}
+    with pytest.raises(ConfigError, match=r"model.pretrained=.* cannot be loaded into tiny"):
+        train(apply(tiny, changes))
+    record = json.loads(storage.read(storage.join(run_url(tiny), "mlflow_run.json")))
+    assert mlflow.MlflowClient(tiny.tracking.uri).get_run(record["run_id"]).info.status == "FAILED"
+
+
+def test_evaluation_takes_the_weights_of_the_folder_it_is_given(tmp_path: Path):
+    given = arguments([f"{tmp_path}/runs/moved/", "data.test=val"])
+    assert given == [
+        f"{tmp_path}/runs/moved/config.yaml",
+        f"run.storage={tmp_path}/runs",
+        "run.name=moved",
+        "data.test=val",
+    ]
+    assert arguments(["s3://runs/a/config.yaml"]) == ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a"]
+    assert_refused(run("training.evaluate", f"{tmp_path}/none"), "none/config.yaml does not exist")
+
+
+def test_the_command_line_tells_mistakes_in_one_sentence(shapes: str, s3: str):
+    where = ("tiny", f"data.dataset={shapes}", f"run.storage={s3}")
+    wrong = {"AWS_SECRET_ACCESS_KEY": "wrongwrongwrong"}
+    assert_refused(run("training.train", *where, env=wrong), "SignatureDoesNotMatch", "check AWS_ACCESS_KEY_ID")
+    secret = run("training.train", *where, "tracking.uri=http://me:hunter2@mlflow")
+    assert_refused(secret, "tracking.uri holds a password", "MLFLOW_TRACKING_PASSWORD")
+    assert "hunter2" not in secret.out + secret.err
+    assert_refused(run("training.train", *where, env={"RAY_ADDRESS": "127.0.0.1:9"}), "no Ray cluster at RAY_ADDRESS")
     assert_refused(run("training.train", "tinny"), "unknown preset 'tinny', did you mean 'tiny'")
     assert_refused(run("training.train", "tiny", "optim.lrr=1"), "unknown key 'optim.lrr', did you mean 'optim.lr'")
     assert_refused(run("training.train", "tiny", "optim.steps=many"), 'optim.steps="many"', "integer")

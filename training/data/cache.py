@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common import shards, storage
-from common.errors import StorageError
+from common.errors import DataError, StorageError
 from common.shards import ShardEntry, ShardIndex
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ShardCache:
                 f"data.cache_bytes={self.limit_bytes} is less than one shard of {needed} bytes: raise it"
             )
         with _locked(self.root / "evict.lock"):
-            tars = [(p.stat().st_mtime, p.stat().st_size, p) for p in self.root.rglob("*.tar")]
+            tars = list(_tars(self.root))
             used = sum(size for _, size, _ in tars)
             for _, size, path in sorted(tars):
                 if used + needed <= self.limit_bytes:
@@ -78,11 +78,24 @@ class ShardCache:
                 used -= size
 
 
+def _tars(root: Path) -> Iterator[tuple[float, int, Path]]:
+    """(last use, bytes, path) of every finished tar; others come and go meanwhile."""
+    for path in root.rglob("*.tar"):
+        if not path.name.startswith(".tmp-"):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                yield stat.st_mtime, stat.st_size, path
+
+
 @functools.lru_cache(maxsize=256)
 def _open(cache: ShardCache, name: str, entry: ShardEntry) -> tuple[BinaryIO, ShardIndex]:
     """One open file and parsed index per shard and process; a block of shards is in use at a time."""
     tar = cache._fetch(entry)
     index = shards.read_marker(str(cache.folder), name)
+    if index.sha256 != entry.sha256:
+        raise DataError(
+            f"{cache.url}/{name}: its marker is not the one that dataset.json was made from; build it again"
+        )
     return open(tar, "rb"), index
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import shards
-from common.errors import DataError
+from common.errors import DataError, ProjectError
 from common.shards import DatasetIndex, SampleInfo, ShardEntry
 from training import models
 from training.config import TrainConfig
@@ -146,7 +146,7 @@ def _loader(
         context.set_forkserver_preload(["training.data.loader"])
         # Python 3.11's fork server ignores the parent's sys.path, and a preload it can't import is dropped silently.
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return DataLoader(
+    return _Loader(
         data,
         batch_sampler=batches,
         collate_fn=collate,
@@ -156,6 +156,17 @@ def _loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_one_thread,
     )
+
+
+class _Loader(DataLoader[Any]):
+    """A DataLoader whose errors are one sentence: torch puts a worker's traceback into the message."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except ProjectError as error:
+            kind = type(error)
+            raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from None
 
 
 def _one_thread(worker: int) -> None:

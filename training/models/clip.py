@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import logging
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from common import storage
-from common.errors import ConfigError
+from common.errors import ConfigError, ProjectError
 
 log = logging.getLogger(__name__)
 BACKBONES = Path(__file__).parent / "backbones"
 FULL_VOCABULARY = 49408
+OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights in OpenAI's files
 _torchvision_ops: torch.library.Library | None = None
 
 
@@ -59,13 +61,16 @@ def build_clip(backbone: str, pretrained: str | None) -> open_clip.CLIP:
         ConfigError: the name is unknown, the weights don't fit, or the towers are not of a supported kind.
     """
     name = _register(backbone)
-    weights = _local_weights(pretrained, name)
-    if weights is None:
+    if pretrained is None:
         logging.disable(logging.WARNING)  # open_clip warns that the weights are random, as asked
     try:
-        model = open_clip.create_model(name, pretrained=weights)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = _local_weights(pretrained, name, Path(folder))
+            model = open_clip.create_model(name, pretrained=weights)
+    except ProjectError:
+        raise
     except Exception as error:  # whatever torch.load, a hub client or load_state_dict raise
-        if weights is None:
+        if pretrained is None:
             raise
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model.pretrained={pretrained} cannot be loaded into {backbone}: {reason}") from None
@@ -128,10 +133,6 @@ def normalize_pixels(visual: VisionTransformer, frames: Tensor) -> Tensor:
     scale, shift = 1 / (255 * std), mean / std
     device = frames.device
     return frames.to(dtype) * scale.to(device)[:, None, None] - shift.to(device)[:, None, None]
-
-
-def image_size(clip: open_clip.CLIP) -> int:
-    return int(clip.visual.image_size[0])
 
 
 def image_size_of(backbone: str) -> int:
@@ -215,18 +216,28 @@ def _first_merges(folder: Path, vocabulary: int) -> str:
     return str(path)
 
 
-def _local_weights(pretrained: str | None, name: str) -> str | None:
-    """A tag as it is; a path or URL as a local file."""
-    if pretrained is None:
-        return None
-    if storage.is_s3(pretrained):
-        path = Path(tempfile.mkdtemp()) / Path(pretrained).name
-        storage.download(pretrained, path)
-        return str(path)
-    if pretrained in open_clip.list_pretrained_tags_by_model(name):
+def _without_code(path: Path, folder: Path) -> Path:
+    """The weights of a TorchScript archive, as OpenAI publishes its own, as a plain file; any other file as it is."""
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return path
+    state = torch.jit.load(path, map_location="cpu").state_dict()
+    plain = folder / "weights.pt"
+    torch.save({k: v.float() for k, v in state.items() if k not in OPENAI_SIZES}, plain)
+    return plain
+
+
+def _local_weights(pretrained: str | None, name: str, folder: Path) -> str | None:
+    """A tag as it is; a path or URL as a local file, in `folder` if it has to be made."""
+    if pretrained is None or pretrained in open_clip.list_pretrained_tags_by_model(name):
         return pretrained
     path = Path(pretrained).expanduser()
+    if storage.is_s3(pretrained):
+        path = folder / Path(pretrained).name
+        storage.download(pretrained, path)
     if path.is_file():
-        return str(path.absolute())
+        return str(_without_code(path.absolute(), folder))
     tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:5]) or "none"
     raise ConfigError(f"model.pretrained={pretrained} is neither a file nor a tag of {name} (its tags: {tags})")

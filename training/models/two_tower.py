@@ -20,7 +20,6 @@ class VideoOut(NamedTuple):
 
     vector_BD: Tensor | None
     frames_BFD: Tensor
-    mask_BF: Tensor | None = None
 
 
 class TextOut(NamedTuple):
