@@ -55,11 +55,7 @@ def build(config: BuildConfig) -> Built:
         log.info("%d of %d shards are there already", len(done), len(plan.shards))
     missing = [shard for shard in plan.shards if shard.name not in done]
     if missing and not ray.is_initialized():
-        try:
-            ray.init(logging_level=logging.WARNING)
-        except ConnectionError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RunError(f"no Ray cluster at RAY_ADDRESS ({reason}): correct it, or unset it") from None
+        ray.init(logging_level=logging.WARNING)
     running = _run(config, plan.hash, missing, output) if missing else iter(())
     for shard, index in logs.progress(running, "shards", len(missing)):
         done[shard.name] = index

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import ConfigError, DataError, NotFoundError, RunError, exit_with, told
+from common.errors import ConfigError, DataError, NotFoundError, ProjectError, RunError, exit_with, told
 from training import models, tracking
 from training.checkpoint import best_url, run_url
 from training.config import PATHS, PRESETS, TrainConfig
@@ -80,6 +81,9 @@ def _fit(
         except (ConfigError, RunError) as error:
             # Every rank meets it alike. Raised, it would only make Ray start the workers again, and again.
             return {"error": error}
+        except ProjectError:
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # its log line is a traceback; see TellFailures
+            raise
 
     # Ray reads this in the driver; its default of 60 s is too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
@@ -212,15 +216,20 @@ def connect() -> None:
 
     The CPUs and GPUs of a run whose controller died are freed through the dashboard's State API. So the dashboard must
     be on, and every process must know which cluster is meant; else the next run waits for ever.
+
+    Raises:
+        RunError: nothing listens at RAY_ADDRESS.
     """
     address = os.environ.get("RAY_ADDRESS")
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host:  # Ray itself would try for many minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise RunError(f"no Ray cluster at RAY_ADDRESS={address} ({error}): correct it, or unset it") from None
     env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
     dashboard = None if address else True
-    try:
-        ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RunError(f"no Ray cluster at RAY_ADDRESS={address} ({reason}): correct it, or unset it") from None
+    ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
 
 
 def main() -> int:
