@@ -1,5 +1,6 @@
 """The update does not depend on the number of ranks: all gradients of 1, 2 and 4 ranks against one process."""
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,10 @@ def rows(rank: int, world_size: int) -> slice:
 
 def worker(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(minutes=2)
+    )
     model = build()
     ddp = DistributedDataParallel(model)
     frames, tokens, weights = batch()
@@ -59,6 +63,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     (sum(parts.values()) * world_size).backward()
     if rank == 0:
         torch.save({n: p.grad for n, p in model.named_parameters()}, f"{folder}/gradients.pt")
+    dist.barrier()  # nobody takes the store or a connection away while another rank still needs it
     dist.destroy_process_group()
 
 
