@@ -144,7 +144,7 @@ class Stages:
         with self.timed(name), open(path, "w") as log, open(path) as output:
             child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
             start = shown = time.monotonic()
-            progress, last, ended = "", "", False
+            progress, printed, ended = "", "", False
             while not ended:
                 ended = child.poll() is not None  # asked before reading: its last lines are read too
                 latest = next((text for line in reversed(output.readlines()) if (text := counted(line))), "")
@@ -152,9 +152,9 @@ class Stages:
                 now = time.monotonic()
                 if sys.stdout.isatty():
                     show_bar(progress, now - start)
-                elif now - shown > LINE_EVERY_S or (ended and progress != last):
+                elif now - shown > LINE_EVERY_S or (ended and progress != printed):
                     print(f"  {progress or name + ' runs'}, {duration(now - start)} so far", flush=True)
-                    shown, last = now, progress
+                    shown, printed = now, progress
                 time.sleep(0 if ended else 0.2)
             if sys.stdout.isatty():
                 print("\r\033[K", end="", flush=True)
