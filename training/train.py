@@ -148,6 +148,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     for key, value in {"model.backbone": config.model.backbone, "model.pretrained": config.model.pretrained}.items():
         if value and not storage.is_s3(value) and Path(value).expanduser().is_file():
             changes[key] = storage.absolute(value)
+    if config.tracking.artifacts is not None:
+        changes["tracking.artifacts"] = storage.absolute(config.tracking.artifacts)
     return configs.apply(config, {**changes, "tracking.uri": tracking.absolute_uri(config.tracking.uri)})
 
 

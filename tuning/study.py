@@ -36,9 +36,7 @@ def run(study: StudyConfig) -> dict[str, Any]:
         ConfigError, DataError, StorageError: as one sentence, before the first trial.
         RunError: another study has this name, or all trials failed.
     """
-    base = resolve(study)
-    base = with_absolute_paths(base)
-    base = _absolute(base)
+    base = with_absolute_paths(resolve(study))
     folder = storage.join(base.run.storage, study.name)
     _, dataset_sha256 = shards.read_dataset(base.data.dataset)
     storage.check_writable(folder)
@@ -109,18 +107,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _absolute(base: TrainConfig) -> TrainConfig:
-    """Local paths made absolute: a trial runs in another process with another working folder."""
-    paths = {
-        "run.storage": storage.absolute(base.run.storage),
-        "data.dataset": storage.absolute(base.data.dataset),
-        "tracking.uri": tracking.absolute_uri(base.tracking.uri),
-    }
-    if base.tracking.artifacts is not None:
-        paths["tracking.artifacts"] = storage.absolute(base.tracking.artifacts)
-    return configs.apply(base, paths)
-
-
 def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | None) -> tune.Tuner:
     def trial(values: dict[str, Any]) -> None:
         # The trial's id and not the time: a trial that starts again finds its run's checkpoints.
@@ -130,7 +116,7 @@ def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | Non
         train(config, callbacks=[TuneReportCallback()], parent=parent)
 
     # Tune would copy the driver's AWS keys into each trial's runtime environment, which the dashboard shows.
-    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name[:4] == "AWS_"}
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
     # It only waits. A share of a CPU would keep the trial's own workers from fitting, and Tune refuses to reserve
     # nothing at all: so one byte of memory.
     trainable: Callable[..., Any] = tune.with_resources(trial, {"cpu": 0, "memory": 1})

@@ -210,7 +210,7 @@ def test_pretrained_weights_load_from_a_file_and_a_wrong_one_is_one_sentence(tmp
         clip_tower.build_clip("tiny", str(tmp_path / "broken.pt"))
 
 
-def test_openais_own_archives_load_and_so_do_objects_on_s3(tmp_path: Path, s3: str):
+def test_openais_own_archives_load_and_so_do_objects_on_s3(tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     clip = clip_tower.build_clip("tiny", None)
 
@@ -235,12 +235,13 @@ def test_openais_own_archives_load_and_so_do_objects_on_s3(tmp_path: Path, s3: s
 
     torch.jit.save(torch.jit.script(Archive()), tmp_path / "openai.pt")
     storage.publish(tmp_path / "openai.pt", f"{s3}/openai.pt")
-    before = set(Path(tempfile.gettempdir()).iterdir())
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for place in (tmp_path / "openai.pt", f"{s3}/openai.pt"):
         torch.manual_seed(1)
         loaded = clip_tower.build_clip("tiny", str(place)).state_dict()
         torch.testing.assert_close(loaded["visual.proj"], clip.visual.proj.detach().half().float())
-    assert set(Path(tempfile.gettempdir()).iterdir()) <= before
+    assert list((tmp_path / "temporary").iterdir()) == []  # no copy of the weights stays
     with pytest.raises(StorageError, match="does not exist"):
         clip_tower.build_clip("tiny", f"{s3}/none.pt")
 

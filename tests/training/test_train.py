@@ -18,7 +18,7 @@ from tests.entry import assert_refused, run
 from training.checkpoint import best_url, load_run, run_url
 from training.config import TrainConfig
 from training.evaluate import arguments, evaluate_run
-from training.train import only_driver, train
+from training.train import only_driver, scaling, train
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,10 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
 ):
     with pytest.raises(error, match=message):
         train(apply(tiny, changes))
+
+
+def test_a_cluster_that_grows_is_waited_for(tiny: TrainConfig):
+    assert scaling(apply(tiny, {"workers.num_workers": 99, "workers.autoscale": True})).num_workers == 99
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):

@@ -4,6 +4,7 @@ Shapes: B videos, T texts, F frames, C channels, H height, W width, L tokens, D 
 positions, V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class Outputs(NamedTuple):
     caption_targets_K: Tensor | None
 
 
-class TwoTower(nn.Module):
+class TwoTower(nn.Module, ABC):
     """Base of the methods that differ in `frame_features` only.
 
     Subclasses name their new modules in `NEW`: parameters under these names train at `optim.lr_new`.
@@ -53,9 +54,9 @@ class TwoTower(nn.Module):
         self.clip = clip_tower.build_clip(config.backbone, config.pretrained) if clip is None else clip
         self.captioner = Captioner(self.clip, config.captioner.layers) if config.captioner else None
 
+    @abstractmethod
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         """Frame features BFD in the joint space, not normalised."""
-        raise NotImplementedError
 
     def encode_video(self, frames_BFCHW: Tensor) -> VideoOut:
         """uint8 frames → unit vector per video: the mean of the unit frame vectors, made unit length again."""
