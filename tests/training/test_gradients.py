@@ -1,6 +1,9 @@
-"""The update does not depend on the number of ranks: all gradients of 1, 2 and 4 ranks against one process."""
+"""The update does not depend on the number of ranks: all gradients of 1 to 4 ranks against one process."""
 
 import datetime
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,12 +70,31 @@ def worker(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def run_ranks(world_size: int, folder: Path) -> None:
+    """Ranks that hang are told by their stacks and ended: left alone, they would hold pytest's own exit for ever."""
+    ranks = mp.start_processes(
+        worker, (world_size, str(folder)), nprocs=world_size, start_method="forkserver", join=False
+    )
+    deadline = time.monotonic() + 300
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            dump = [Path(sys.executable).with_name("py-spy"), "dump", "--native", "--pid"]
+            stacks = [
+                subprocess.run([*dump, str(p.pid)], capture_output=True, text=True)
+                for p in ranks.processes
+                if p.is_alive()
+            ]
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail("ranks hang:\n" + "\n".join(s.stdout + s.stderr for s in stacks))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_all_gradients_equal_those_of_one_process_with_the_whole_batch(world_size: int, tmp_path: Path):
     model = build()
     frames, tokens, weights = batch()
     sum(losses.compute(model(frames, tokens), CONFIG, weights).values()).backward()
-    mp.start_processes(worker, (world_size, str(tmp_path)), nprocs=world_size, start_method="forkserver")
+    run_ranks(world_size, tmp_path)
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
