@@ -22,6 +22,9 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Histograms = dict[str, dict[str, int]]  # quantity ("duration_s") → lower bound of a bin → samples or captions in it
+
+
 class Caption(_Record):
     """One sentence about one video. `id` is unique in the dataset."""
 
@@ -46,13 +49,17 @@ class SampleInfo(_Record):
 
 
 class SampleIndex(_Record):
-    """Where a sample lies in its tar: `members` maps a suffix ("mp4", "json", "000.jpg") to (offset, size)."""
+    """Where a sample lies in its tar: `members` maps a suffix ("mp4", "json", "000.jpg") to (offset, size).
+
+    `info` is set where the tar is someone else's and has no `KEY.json` of ours (see datasets_prep/index.py).
+    """
 
     key: str
     video_id: str
     source_id: str
     num_captions: int
     members: dict[str, tuple[int, int]]
+    info: SampleInfo | None = None
 
 
 class Rejected(_Record):
@@ -71,6 +78,7 @@ class ShardIndex(_Record):
     bytes: int
     samples: list[SampleIndex]
     rejected: list[Rejected] = []
+    histograms: Histograms = {}
 
 
 class ShardEntry(_Record):
@@ -169,7 +177,7 @@ def read_member(tar: BinaryIO, sample: SampleIndex, suffix: str) -> bytes:
 
 
 def read_info(tar: BinaryIO, sample: SampleIndex) -> SampleInfo:
-    return SampleInfo.model_validate_json(read_member(tar, sample, "json"))
+    return sample.info or SampleInfo.model_validate_json(read_member(tar, sample, "json"))
 
 
 def _parse(record: type[R], data: bytes, url: str) -> R:
