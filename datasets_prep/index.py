@@ -1,9 +1,9 @@
 """Make a dataset of WebDataset tars that someone else wrote, where they lie: markers beside them and a dataset.json.
 
-FOLDER is a local folder or s3://bucket/prefix; the tars in it and below hold KEY.mp4 with KEY.txt or KEY.json
-(video2dataset, open_clip). They are read once and not changed. A tar below a folder train, val, validation or test is
-of that split. Starting it again reads only tars that are new or of another size. Ray: the cluster of RAY_ADDRESS, else a
-local one.
+FOLDER is a local folder or s3://bucket/prefix; the tars in it and below hold KEY.mp4 with KEY.txt or KEY.json, as
+video2dataset and open_clip have them. They are read once and not changed. A tar below a folder named train, val,
+validation or test is of that split. Starting it again reads only the tars that are new or of another size.
+Ray: the cluster of RAY_ADDRESS, else a local one.
 """
 
 import hashlib
@@ -54,10 +54,11 @@ def index(config: IndexConfig) -> Built:
     if missing:
         storage.check_writable(folder)
     seen: dict[tuple[str, str], str] = {}
-    running = _run(config, folder, plan_hash, missing)
-    for found in _all(done.values(), logs.progress(running, "tars", len(missing))):
+    for found in done.values():
+        _refuse_twice(seen, config, found)
+    for found in logs.progress(_run(config, folder, plan_hash, missing), "tars", len(missing)):
         done[found.entry.name] = found
-        _refuse_twice(seen, _split_of(found.entry.name, config), found)
+        _refuse_twice(seen, config, found)
     dataset = _dataset(config, plan_hash, [done[name] for name in sizes])
     _publish(dataset, storage.join(folder, "dataset.json"))
     return Built(dataset, _reasons(done.values()))
@@ -154,20 +155,18 @@ def _result(reference: Any, name: str) -> Summary:
     return found
 
 
-def _all(*parts: Iterable[Summary]) -> Iterator[Summary]:
-    for part in parts:
-        yield from list(part) if not isinstance(part, Iterator) else part
-
-
-def _refuse_twice(seen: dict[tuple[str, str], str], split: str, found: Summary) -> None:
+def _refuse_twice(seen: dict[tuple[str, str], str], config: IndexConfig, found: Summary) -> None:
+    """Note a tar's video ids, by split and id; raise DataError for one that is there already."""
+    name = found.entry.name
+    split = _split_of(name, config)
     for video_id in found.video_ids:
-        other = seen.setdefault((split, video_id), found.entry.name)
-        if other is not found.entry.name:
-            first, second = sorted([other, found.entry.name])
+        if (split, video_id) in seen:
+            first, second = sorted([seen[split, video_id], name])
             raise DataError(
-                f"video id {video_id!r} is in {first} and in {second}, both of split {split!r}: "
+                f"video id {video_id!r} is in {first} and again in {second}, both of split {split!r}: "
                 "give video_ids=tar to name videos by tar and key"
             )
+        seen[split, video_id] = name
 
 
 def _split_of(name: str, config: IndexConfig) -> str:
@@ -184,9 +183,9 @@ def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> Datas
             f"{config.max_rejected_fraction:g} allows ({most or 'the tars are empty'}): correct the tars, or raise it"
         )
     splits: dict[str, list[shards.ShardEntry]] = {}
-    for summary_ in found:
-        if summary_.entry.samples:  # not every sample was rejected
-            splits.setdefault(_split_of(summary_.entry.name, config), []).append(summary_.entry)
+    for of_tar in found:
+        if of_tar.entry.samples:  # not every sample was rejected
+            splits.setdefault(_split_of(of_tar.entry.name, config), []).append(of_tar.entry)
     return DatasetIndex(
         payload="video",
         plan_hash=plan_hash,
