@@ -1,5 +1,7 @@
 """Tars that someone else wrote become a dataset where they lie, and everything of ours reads it."""
 
+import re
+import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -226,7 +228,7 @@ def test_samples_without_video_or_caption_are_rejected_with_their_reason(
     assert reasons["empty"] == "the video is empty"
     assert reasons["garbage"] == "cannot be decoded: decord can't open it"
     # No path, no time: equal faults are equal texts, and another attempt gives the same bytes.
-    assert not any(str(tmp_path) in r or "/tmp" in r or r.count(":") > 2 for r in reasons.values()), reasons
+    assert not any(re.search(r"/tmp|\.cc|\d\d:\d\d", reason) for reason in reasons.values()), reasons
     assert built.dataset.rejected == built.reasons.total() == 11
     assert verify(str(tmp_path)) == 2
     first = contents(tmp_path)
@@ -318,18 +320,12 @@ def test_tars_made_by_hand(tmp_path: Path, clip: bytes, ray_local: RayCluster) -
         (tmp_path / f"in/{stem}.MP4").write_bytes(clip)
         (tmp_path / f"in/{stem}.txt").write_text("x")
     (tmp_path / "in/README").write_text("x")
-    with index_module_tar(tmp_path / "out/a.tar") as archive:
+    (tmp_path / "out").mkdir()
+    with tarfile.open(tmp_path / "out/a.tar", "w") as archive:
         archive.add(tmp_path / "in", arcname=".")
     index(load(tmp_path / "out"))
     assert sorted(built_ids(tmp_path / "out")) == ["a", "sub.dir/b"]
     assert verify(str(tmp_path / "out")) == 2
-
-
-def index_module_tar(path: Path) -> Any:
-    import tarfile
-
-    path.parent.mkdir()
-    return tarfile.open(path, "w")
 
 
 def spoil(folder: Path, how: str) -> list[str]:
@@ -339,7 +335,7 @@ def spoil(folder: Path, how: str) -> list[str]:
         tar.write_bytes(tar.read_bytes()[:4000])
     elif how == "twice":
         write_tar(tar, {"a": {"txt": "x"}})
-        with __import__("tarfile").open(tar, "a") as archive:
+        with tarfile.open(tar, "a") as archive:
             archive.add(folder / "00000.parquet", arcname="a.txt")
     elif how == "foreign":
         (folder / "00001.json").write_text('{"count": 3}')
@@ -350,7 +346,7 @@ def spoil(folder: Path, how: str) -> list[str]:
     elif how == "no tars":
         for path in folder.glob("*.tar"):
             path.unlink()
-    return [str(folder), *(["videoids=tar"] if how == "key" else ["caption=["] if how == "value" else [])]
+    return [str(folder), *(["videoids=tar"] if how == "key" else [])]
 
 
 @pytest.mark.parametrize(
