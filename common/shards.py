@@ -16,6 +16,7 @@ from common.errors import DataError, NoBucketError, NotFoundError
 
 FORMAT_VERSION = 1
 Payload = Literal["video", "frames"]
+VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov", "avi")  # of a sample's video; ours are mp4
 
 
 class _Record(BaseModel):
@@ -60,6 +61,11 @@ class SampleIndex(_Record):
     num_captions: int
     members: dict[str, tuple[int, int]]
     info: SampleInfo | None = None
+
+    @property
+    def video(self) -> str:
+        """The suffix of its video, to be looked up in `members`."""
+        return next(suffix for suffix in VIDEO_SUFFIXES if suffix in self.members)
 
 
 class Rejected(_Record):
@@ -174,6 +180,10 @@ def read_member(tar: BinaryIO, sample: SampleIndex, suffix: str) -> bytes:
     data = tar.read(size)
     assert len(data) == size, f"{sample.key}.{suffix}: {len(data)} of {size} bytes"
     return data
+
+
+def read_video(tar: BinaryIO, sample: SampleIndex) -> bytes:
+    return read_member(tar, sample, sample.video)
 
 
 def read_info(tar: BinaryIO, sample: SampleIndex) -> SampleInfo:

@@ -110,3 +110,18 @@ class BuildConfig(Settings):
     cpus_per_task: PositiveInt | None = Field(
         None, description="CPUs that Ray reserves per shard; null = video.threads"
     )
+
+
+class IndexConfig(Settings):
+    """WebDataset tars that someone else wrote → a dataset, where they lie."""
+
+    folder: str = Field(description="folder or s3://bucket/prefix of the tars; the markers are written beside them")
+    split: str = Field("train", min_length=1, description="split of tars in no folder train, val, validation or test")
+    caption: str | None = Field(
+        None, description='json key of the captions; null = the .txt, else the json\'s "caption" or "captions"'
+    )
+    video_ids: Literal["json", "tar"] = Field(
+        "json", description="json = its video_id, key or videoid, else the key in the tar; tar = TAR/KEY, always unique"
+    )
+    max_rejected_fraction: Fraction = Field(0.05, description="share of unusable samples above which nothing is made")
+    workers: PositiveInt | None = Field(None, description="tars read at once; null = as many as the cluster has CPUs")

@@ -98,12 +98,21 @@ def outcome(name: str, index: ShardIndex) -> Outcome:
 
 
 def members_of(tar: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key → suffix → (offset, size) of what a tar holds, in its order."""
+    """Key → suffix → (offset, size) of what a tar holds, in its order; by webdataset's rule for names.
+
+    Raises DataError if a name occurs twice, tarfile.TarError if it is no whole tar.
+    """
     members: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(tar, "r:") as archive:
         for member in archive:
-            key, _, suffix = member.name.partition(".")
-            members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+            folder, slash, name = member.name.rpartition("/")
+            key, _, suffix = name.partition(".")
+            if not member.isfile() or not key or not suffix:  # a folder, a hidden file, a README
+                continue
+            of_key = members.setdefault(f"{folder}{slash}{key}", {})
+            if suffix.lower() in of_key:
+                raise DataError(f"it holds {member.name} twice")
+            of_key[suffix.lower()] = (member.offset_data, member.size)
     return members
 
 
