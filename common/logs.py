@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -55,12 +55,13 @@ class RateLimited:
         self.next_at, self.held = now + self.every_s, 0
 
 
-def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+def progress(items: Iterable[T], what: str, total: int, more: Callable[[], str] = str) -> Iterator[T]:
     """Yield `items`; show a bar on a terminal, else a line every few seconds and one at the end.
 
     Args:
         what: the thing counted, in the plural ("shards").
         total: how many there will be.
+        more: asked for what else there is to say each time something is shown.
     """
     terminal = sys.stderr.isatty()
     start = shown = time.monotonic()
@@ -72,6 +73,7 @@ def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:
             rate = done / max(now - start, 1e-9)
             pace = f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
             text = f"{done:,} of {total:,} {what}, {pace}, {duration(max(total - done, 0) / rate)} left"
+            text = ", ".join(filter(None, [text, more()]))
             if terminal:
                 bar = "#" * round(30 * done / max(total, 1))
                 sys.stderr.write(f"\r[{bar:<30}] {text}\033[K" + ("\n" if done == total else ""))

@@ -52,10 +52,17 @@ class ShardConfig(Settings):
 
     max_samples: PositiveInt = Field(1000, description="most clips in a shard")
     max_bytes: PositiveInt = Field(256_000_000, description="most bytes in a shard, estimated from the source files")
+    compression: PositiveFloat = Field(
+        1.0, description="bytes expected in a shard per byte of its source files: below 1, more clips fill a shard"
+    )
+    shuffle: list[str] = Field(["train"], description="splits whose sources are dealt to shards in a seeded order")
 
 
 class VideoConfig(Settings):
-    """What every video becomes: H.264 in mp4 without sound. A stream that already is small enough is copied."""
+    """What every video becomes: H.264 in mp4 without sound. A stream that already is small enough is copied.
+
+    The bounds depend on the file alone, so that a clip that breaks one is rejected on every attempt.
+    """
 
     short_side: PositiveInt = Field(256, ge=16, description="shorter side in pixels; smaller videos stay as they are")
     max_fps: PositiveFloat = Field(30.0, description="frames per second; slower videos stay as they are")
@@ -65,7 +72,22 @@ class VideoConfig(Settings):
         "veryfast", description="x264's speed against size"
     )
     threads: PositiveInt = Field(1, description="threads of one ffmpeg; part of the plan, as the bytes depend on it")
-    timeout_s: PositiveFloat = Field(600.0, description="seconds after which one ffmpeg is killed, its clip rejected")
+    min_frames: PositiveInt = Field(1, description="a clip of fewer frames is rejected")
+    max_duration_s: PositiveFloat = Field(1800.0, description="a longer clip is rejected")
+    max_pixels: PositiveInt = Field(36_000_000, description="a clip with more pixels in a source frame is rejected")
+    max_bytes: PositiveInt = Field(500_000_000, description="a clip that becomes larger is rejected")
+    max_cpu_s: PositiveInt = Field(1800, description="a clip that takes more CPU seconds to convert is rejected")
+    timeout_s: PositiveFloat = Field(
+        3600.0, description="seconds after which one ffmpeg is killed; the shard is tried again, then fails"
+    )
+
+
+class FramesConfig(Settings):
+    """The payload `frames`: JPEGs from equal parts of the clip, in the order of time."""
+
+    segments: PositiveInt = Field(12, description="equal parts of a clip; training draws from each of its own")
+    per_segment: PositiveInt = Field(2, description="JPEGs per part, evenly spaced")
+    quality: PositiveInt = Field(90, le=95, description="of the JPEGs")
 
 
 class BuildConfig(Settings):
@@ -73,10 +95,15 @@ class BuildConfig(Settings):
 
     source: SourceConfig
     output: str = Field(description="folder or s3://bucket/prefix of the dataset; the same one again resumes")
+    payload: Literal["video", "frames"] = Field("video", description="what a sample holds: an mp4, or JPEGs")
     shards: ShardConfig = ShardConfig()
     video: VideoConfig = VideoConfig()
+    frames: FramesConfig = FramesConfig()
     seed: NonNegativeInt = Field(0, description="seed of the order in which sources are dealt to shards")
     max_rejected_fraction: Fraction = Field(0.05, description="share of unreadable clips above which the build fails")
+    max_missing_fraction: Fraction = Field(
+        0.05, description="share of annotated videos without a file above which nothing is built"
+    )
     workers: PositiveInt | None = Field(
         None, description="shards built at once; null = as many as the cluster has room"
     )

@@ -1,19 +1,28 @@
-"""Clips → numbered shards. Pure: the same clips and settings, in any order, give the same plan."""
+"""Clips → numbered shards. Pure: the same clips and settings, in any order, give the same plan.
+
+Ten million clips must fit in the driver, so they are kept as Arrow columns and the order as an array of row numbers;
+a shard's clips become Python objects only when the shard is built.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from itertools import groupby, pairwise
-from operator import attrgetter
+from itertools import islice
 from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from common import shards
 from common.errors import DataError
 from datasets_prep.config import ShardConfig
 
+ROWS_PER_BATCH = 1 << 16
+
 
 class Clip(NamedTuple):
-    """One video of the dataset to be: a file or a span of it. A tuple, as there may be ten million.
+    """One video of the dataset to be: a file or a span of it.
 
     `source_id` names the long video or group; `video` is relative to the source's folder; `size` is that file's
     bytes, divided among its clips, or None where there is no such file.
@@ -41,59 +50,222 @@ class Shard(NamedTuple):
         return shards.shard_name(self.split, self.number)
 
 
+class Cut(NamedTuple):
+    """Where a shard lies in the plan's order: positions [start, stop)."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return shards.shard_name(self.split, self.number)
+
+
+class Clips:
+    """Many clips in little memory: Arrow batches of equal length, so that a row is found by its number.
+
+    `source_id` and `video` are null where they equal `video_id`.
+    """
+
+    SCHEMA = pa.schema(
+        {
+            "split": pa.uint16(),
+            "video_id": pa.string(),
+            "source_id": pa.string(),
+            "captions": pa.list_(pa.string()),
+            "video": pa.string(),
+            "start": pa.float64(),
+            "end": pa.float64(),
+            "size": pa.int64(),
+        }
+    )
+
+    def __init__(self) -> None:
+        self.splits: list[str] = []
+        self.batches: list[pa.RecordBatch] = []
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+    def append(self, clips: list[Clip]) -> None:
+        """Add a batch: ROWS_PER_BATCH clips, or fewer if it is the last."""
+        self.splits.extend(s for s in dict.fromkeys(c.split for c in clips) if s not in self.splits)
+        codes = {name: code for code, name in enumerate(self.splits)}
+        columns = [
+            [codes[c.split] for c in clips],
+            [c.video_id for c in clips],
+            [None if c.source_id == c.video_id else c.source_id for c in clips],
+            [c.captions for c in clips],
+            [None if c.video == c.video_id else c.video for c in clips],
+            *([c[field] for c in clips] for field in (5, 6, 7)),
+        ]
+        arrays = [pa.array(c, field.type) for c, field in zip(columns, self.SCHEMA, strict=True)]
+        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.SCHEMA))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers, null as 0."""
+        return np.concatenate([b.column(name).fill_null(0).to_numpy(zero_copy_only=False) for b in self.batches])
+
+    def take(self, rows: NDArray[np.int64]) -> list[Clip]:
+        """The clips of these rows, in this order."""
+        found: list[Clip] = [None] * len(rows)  # type: ignore[list-item]
+        of_batch = rows // ROWS_PER_BATCH
+        for number in np.unique(of_batch):
+            places = np.flatnonzero(of_batch == number)
+            batch = self.batches[number].take(pa.array(rows[places] % ROWS_PER_BATCH))
+            for place, row in zip(places, zip(*(c.to_pylist() for c in batch.columns), strict=True), strict=True):
+                split, video_id, source_id, captions, video, *rest = row
+                source_id, video = (video_id if name is None else name for name in (source_id, video))
+                found[place] = Clip(self.splits[split], video_id, source_id, tuple(captions), video, *rest)
+        return found
+
+
 class Plan(NamedTuple):
-    """What a build will do. `hash` names clips and settings: the same hash means the same shards, byte for byte."""
+    """What a build will do. `hash` names clips and settings: the same hash means the same shards, byte for byte.
+
+    `order` holds the clips' rows in the order of the shards, `cuts` where each shard lies in it.
+    """
 
     hash: str
     settings: dict[str, Any]
-    shards: list[Shard]
+    clips: Clips
+    order: NDArray[np.int64]
+    cuts: list[Cut]
 
     @property
     def num_clips(self) -> int:
-        return sum(len(s.clips) for s in self.shards)
+        return len(self.order)
+
+    def shard(self, cut: Cut) -> Shard:
+        return Shard(cut.split, cut.number, self.clips.take(self.order[cut.start : cut.stop]))
 
 
 def make_plan(clips: Iterable[Clip], limits: ShardConfig, seed: int, settings: dict[str, Any]) -> Plan:
     """Deal clips to shards: sources in a seeded order, each whole in one shard where it fits.
 
+    Splits that are not in `limits.shuffle` are in the order of their sources' names.
+
     Args:
+        clips: read once, as a stream.
         settings: everything else that the shards' bytes depend on, as plain data; it goes into the hash.
 
     Raises:
         DataError: there is no clip, or a video id occurs twice in a split.
     """
-    ordered = sorted(clips, key=lambda c: (c.split, _draw(seed, c.source_id), c.source_id, c.video_id))
-    if not ordered:
+    table, keys, ids, total = Clips(), [], [], 0
+    stream = map(_writable, clips)
+    while batch := list(islice(stream, ROWS_PER_BATCH)):
+        table.append(batch)
+        keys.append(np.array([_key(c, limits, seed) for c in batch], np.uint64))
+        ids.append(np.array([_number(f"{c.split}/{c.video_id}") for c in batch], np.uint64))
+        # A sum does not depend on the order in which the source gives its clips.
+        total += sum(int.from_bytes(hashlib.sha256(json.dumps(c).encode()).digest(), "big") for c in batch)
+    if not table.batches:
         raise DataError("the source has no clips: nothing to build")
-    for first, second in pairwise(ordered):
+    _check_unique(table, np.concatenate(ids))
+    ids.clear()
+    settings = {**settings, "shards": limits.model_dump(mode="json"), "seed": seed}
+    named = json.dumps({**settings, "clips": [len(table), f"{total % 2**256:x}"]}, sort_keys=True)
+    order, is_first = _sorted(table, np.concatenate(keys))
+    return Plan(
+        hashlib.sha256(named.encode()).hexdigest(), settings, table, order, _cut(table, order, is_first, limits)
+    )
+
+
+def _writable(clip: Clip) -> Clip:
+    """A clip whose names can be written as UTF-8; one that had to be changed has no file of that name."""
+    try:
+        "".join((clip.split, clip.video_id, clip.source_id, clip.video, *clip.captions)).encode()
+        return clip
+    except UnicodeEncodeError:
+        video_id, source_id, video, *captions = (
+            text.encode(errors="backslashreplace").decode()
+            for text in (clip.video_id, clip.source_id, clip.video, *clip.captions)
+        )
+        is_named = video == clip.video
+        return clip._replace(
+            video_id=video_id,
+            source_id=source_id,
+            video=video,
+            captions=tuple(captions),
+            size=clip.size if is_named else None,
+        )
+
+
+def _key(clip: Clip, limits: ShardConfig, seed: int) -> int:
+    """Sorting by it shuffles sources, or nearly sorts them by name; `_sorted` does the rest among equal keys."""
+    if clip.split in limits.shuffle:
+        return _number(f"{seed}/{clip.source_id}")
+    return int.from_bytes(clip.source_id.encode()[:8].ljust(8, b"\0"), "big")
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _check_unique(table: Clips, ids: NDArray[np.uint64]) -> None:
+    order = np.argsort(ids)
+    same = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+    for place in same:  # two names may, once in 10^12 tables, have the same number
+        first, second = table.take(np.sort(order[place : place + 2]))
         if (first.split, first.video_id) == (second.split, second.video_id):
             raise DataError(f"video id {first.video_id!r} occurs twice in split {first.split!r}: rename one")
-    settings = {**settings, "shards": limits.model_dump(mode="json"), "seed": seed}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for clip in ordered:
-        digest.update(json.dumps(clip, ensure_ascii=False).encode() + b"\n")
-    return Plan(digest.hexdigest(), settings, list(_cut(ordered, limits)))
 
 
-def _cut(ordered: list[Clip], limits: ShardConfig) -> Iterator[Shard]:
-    for split, of_split in groupby(ordered, attrgetter("split")):
-        number, clips, size = 0, list[Clip](), 0
-        for _, of_source in groupby(of_split, attrgetter("source_id")):
-            source = list(of_source)
-            # A source that fits nowhere whole is cut; any other starts a new shard rather than being cut.
-            total = sum(c.size or 0 for c in source)
-            whole = len(source) <= limits.max_samples and total <= limits.max_bytes
-            for part in [source] if whole else [[c] for c in source]:
-                part_size = sum(c.size or 0 for c in part)
-                is_full = len(clips) + len(part) > limits.max_samples or size + part_size > limits.max_bytes
-                if clips and is_full:
-                    yield Shard(split, number, clips)
-                    number, clips, size = number + 1, [], 0
-                clips.extend(part)
-                size += part_size
-        yield Shard(split, number, clips)
+def _sorted(table: Clips, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Rows by split, key, source, file and id; and, for each place, whether a source begins there."""
+    by_name = np.argsort(np.argsort(table.splits)).astype(np.uint16)
+    split = by_name[table.column("split")]
+    order = np.lexsort((keys, split))
+    split, keys = split[order], keys[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (keys[1:] != keys[:-1]) | (split[1:] != split[:-1])
+    edges = np.flatnonzero(np.append(is_first, True))
+    for run in np.flatnonzero(np.diff(edges) > 1):
+        start, stop = edges[run], edges[run + 1]
+        rows = order[start:stop]
+        names = [(c.source_id, c.video, c.start or 0.0, c.video_id) for c in table.take(rows)]
+        places = sorted(range(len(rows)), key=names.__getitem__)
+        order[start:stop] = rows[places]
+        sources = [names[place][0] for place in places]
+        is_first[start + 1 : stop] = [a != b for a, b in zip(sources[1:], sources, strict=False)]
+    return order, is_first
 
 
-def _draw(seed: int, name: str) -> bytes:
-    """A random key of a name: sorting by it is a shuffle that does not depend on the order of the input."""
-    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+def _cut(table: Clips, order: NDArray[np.int64], is_first: NDArray[np.bool_], limits: ShardConfig) -> list[Cut]:
+    sizes = (table.column("size") * limits.compression)[order]
+    splits = table.column("split")[order]
+    cuts: list[Cut] = []
+    start, size = 0, 0.0  # of the shard being filled
+
+    def close(stop: int) -> None:
+        nonlocal start, size
+        split = table.splits[splits[start]]
+        number = cuts[-1].number + 1 if cuts and cuts[-1].split == split else 0
+        cuts.append(Cut(split, number, start, stop))
+        start, size = stop, 0.0
+
+    for first, stop, total in _sources(is_first, sizes):
+        if first > start and splits[first] != splits[start]:
+            close(first)
+        # A source that fits nowhere whole is cut; any other starts a new shard rather than being cut.
+        is_whole = stop - first <= limits.max_samples and total <= limits.max_bytes
+        parts = [(first, stop, total)] if is_whole else [(i, i + 1, float(sizes[i])) for i in range(first, stop)]
+        for part, end, part_size in parts:
+            if part > start and (end - start > limits.max_samples or size + part_size > limits.max_bytes):
+                close(part)
+            size += part_size
+    close(len(order))
+    return cuts
+
+
+def _sources(is_first: NDArray[np.bool_], sizes: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
+    """(start, stop, bytes) of each source."""
+    starts = np.flatnonzero(is_first)
+    totals = np.add.reduceat(sizes, starts)
+    stops = np.append(starts[1:], len(sizes))
+    for begin in range(0, len(starts), ROWS_PER_BATCH):  # as Python numbers, but not all at once
+        part = slice(begin, begin + ROWS_PER_BATCH)
+        yield from zip(starts[part].tolist(), stops[part].tolist(), totals[part].tolist(), strict=True)

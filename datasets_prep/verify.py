@@ -1,22 +1,31 @@
 """Read a finished dataset back and compare every shard's bytes, members and samples with the indexes.
 
-OUTPUT is the folder or s3://bucket/prefix that datasets_prep.build wrote. The exit code is 0 only if all is right.
+OUTPUT is the folder or s3://bucket/prefix that datasets_prep.build or datasets_prep.index wrote. Every video is opened
+and its first, middle and last frame decoded. The exit code is 0 only if all is right.
+
+--repair deletes the shards that are not, and builds them again from the videos by OUTPUT/config.yaml.
 """
 
+import io
+import json
 import logging
+import os
 import sys
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
+from common import config as configs
 from common import logs, shards, storage
-from common.errors import ConfigError, DataError, StorageError, exit_with
-from common.shards import ShardEntry, ShardIndex
+from common.errors import ConfigError, DataError, NotFoundError, StorageError, exit_with
+from common.shards import DatasetIndex, SampleIndex, ShardEntry, ShardIndex
+from datasets_prep import video
+from datasets_prep.config import BuildConfig
 from datasets_prep.shard_writer import members_of
 
 log = logging.getLogger(__name__)
-THREADS = 4
 
 
 def verify(output: str) -> int:
@@ -26,6 +35,16 @@ def verify(output: str) -> int:
         DataError: naming every shard that is not; each one's fault is logged.
     """
     dataset, _ = shards.read_dataset(output)
+    bad = damaged(output, dataset)
+    if bad:
+        total = sum(len(split.shards) for split in dataset.splits.values())
+        raise DataError(f"{len(bad)} of {total} shards are damaged: {', '.join(bad)}; --repair builds them again")
+    _check_sums(output, dataset)
+    return sum(split.samples for split in dataset.splits.values())
+
+
+def damaged(output: str, dataset: DatasetIndex) -> list[str]:
+    """The names of the shards that are not as the indexes say; each one's fault is logged."""
     entries = [(split, entry) for split, index in dataset.splits.items() for entry in index.shards]
     bad: list[str] = []
     seen: dict[tuple[str, str], str] = {}  # (split, video id) → shard
@@ -36,7 +55,7 @@ def verify(output: str) -> int:
         except (DataError, StorageError) as error:
             return DataError(str(error))
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = zip(entries, pool.map(check, entries), strict=True)
         for (split, entry), result in logs.progress(results, "shards", len(entries)):
             twice = [v for v in result if (split, v) in seen] if isinstance(result, list) else []
@@ -46,10 +65,33 @@ def verify(output: str) -> int:
                 log.error("%s", result)
                 bad.append(entry.name)
             else:
-                seen.update(((split, video), entry.name) for video in result)
-    if bad:
-        raise DataError(f"{len(bad)} of {len(entries)} shards are damaged: {', '.join(bad)}; delete and build again")
-    return len(seen)
+                seen.update(((split, video_id), entry.name) for video_id in result)
+    return bad
+
+
+def repair(output: str) -> list[str]:
+    """Build the damaged shards again; their names.
+
+    Raises:
+        ConfigError: the dataset was not built by datasets_prep.build, so there is nothing to build it from.
+        DataError: a shard is damaged still.
+    """
+    from datasets_prep.build import build  # imports ray
+
+    dataset, _ = shards.read_dataset(output)
+    bad = damaged(output, dataset)
+    if not bad:
+        return []
+    preset = storage.join(output, "config.yaml")
+    if not storage.exists(preset):
+        raise ConfigError(f"{output} holds no config.yaml, so it can't be built again: its tars are someone else's")
+    config = configs.load(BuildConfig, preset, [f"output={output}"])
+    for name in bad:
+        storage.delete(storage.join(output, shards.marker_name(name)))
+        storage.delete(storage.join(output, name))
+    build(config)
+    verify(output)
+    return bad
 
 
 def check_shard(output: str, entry: ShardEntry, plan_hash: str) -> list[str]:
@@ -81,19 +123,61 @@ def _check_members(tar: Path, entry: ShardEntry, marker: ShardIndex) -> None:
             found = (info.video_id, info.source_id, len(info.captions))
             if found != (sample.video_id, sample.source_id, sample.num_captions):
                 raise DataError(f"{entry.name}: {sample.key}.json is of another clip than its marker says")
+            try:
+                _check_pictures(file, sample)
+            except DataError as error:
+                raise DataError(f"{entry.name}: video {sample.video_id}: {error}") from None
+
+
+def _check_pictures(tar: BinaryIO, sample: SampleIndex) -> None:
+    from PIL import Image
+
+    for suffix in sample.members:
+        if suffix.endswith("jpg"):
+            try:
+                Image.open(io.BytesIO(shards.read_member(tar, sample, suffix))).load()
+            except OSError as error:
+                raise DataError(f"{suffix} cannot be decoded: {error}") from None
+        elif suffix not in ("json", "txt"):
+            video.check(io.BytesIO(shards.read_member(tar, sample, suffix)), every_frame=False)
+
+
+def _check_sums(output: str, dataset: DatasetIndex) -> None:
+    """Every clip of the plan is in a shard or rejected by a marker, also by one whose shard is empty."""
+    try:
+        planned = json.loads(storage.read(storage.join(output, "plan.json")))["clips"]
+    except NotFoundError:  # an index of someone else's tars has no plan
+        return
+    markers = [e.url for e in storage.list_files(output) if e.url.endswith(".json") and "/shard-" in e.url]
+    names = [url.removeprefix(output.rstrip("/") + "/").removesuffix(".json") + ".tar" for url in markers]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda name: shards.read_marker(output, name), names))
+    rejected = sum(len(marker.rejected) for marker in found)
+    samples = sum(split.samples for split in dataset.splits.values())
+    if (rejected, samples + rejected) != (dataset.rejected, planned):
+        raise DataError(
+            f"{output}: of {planned:,} planned clips {samples:,} are in shards and {rejected:,} rejected by markers, "
+            f"{dataset.rejected:,} by dataset.json: delete dataset.json and build again"
+        )
 
 
 def main() -> int:
-    usage = "python -m datasets_prep.verify OUTPUT"
+    usage = "python -m datasets_prep.verify OUTPUT [--repair]"
     arguments = [a.removeprefix("output=") for a in sys.argv[1:]]
     if "--help" in arguments or "-h" in arguments:
         print(f"{usage}\n\n{(__doc__ or '').strip()}")
         return 0
+    is_repair = "--repair" in arguments
+    arguments = [a for a in arguments if a != "--repair"]
     if len(arguments) != 1:
         raise ConfigError(f"expected one dataset, got {len(arguments)}: {usage}")
     logs.setup()
     output = storage.absolute(arguments[0])
-    print(f"{verify(output):,} videos in {output} are as its indexes say")
+    if is_repair:
+        repaired = repair(output)
+        print(f"built again: {', '.join(repaired)}" if repaired else "nothing to repair")
+    else:
+        print(f"{verify(output):,} videos in {output} are as its indexes say")
     return 0
 
 

@@ -5,18 +5,21 @@ The static ffmpeg of imageio-ffmpeg comes without ffprobe, so probing reads what
 
 import contextlib
 import functools
+import io
+import math
 import os
 import re
+import resource
 import signal
 import subprocess
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import imageio_ffmpeg
 
 from common.errors import DataError, RunError
-from datasets_prep.config import VideoConfig
+from datasets_prep.config import FramesConfig, VideoConfig
 
 
 class Probe(NamedTuple):
@@ -48,30 +51,48 @@ def convert(source: Path, target: Path, config: VideoConfig, start: float | None
     A whole stream that is H.264 already, small and slow enough and with key frames close enough, is copied.
 
     Raises:
-        DataError: the file can't be read as video; the message is a reason that fits many files.
+        DataError: the file can't be read as video or breaks a bound; the message is a reason that fits many files.
+        RunError: the node is at fault, not the file.
     """
-    if source.stat().st_size == 0:
-        raise DataError("the file is empty")
-    stream = probe(source, config.timeout_s)
-    if stream.duration_s is not None and (start or 0.0) >= stream.duration_s:
-        raise DataError(f"start={start:g} s is after the end of the video")
+    stream = _examine(source, config, start, end)
     if start is None and end is None and _is_small(stream, config):
         # A stream that can't be copied after all is made anew: some containers lack what mp4 needs.
         with contextlib.suppress(DataError):
-            _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config.timeout_s)
+            _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config)
             # It may hide a broken frame anywhere, and readers must be able to rely on every one.
             info = check(target, every_frame=True)
             if info.longest_gop <= config.gop:
-                return info
-    fps = min(config.max_fps, stream.fps or config.max_fps)
-    _ffmpeg([*_input(source, config, start, end), *_encoding(config, fps), *_output(target)], config.timeout_s)
-    return check(target, every_frame=False)
+                return _within(info, config)
+    _encode(source, target, config, stream, start, end, _closed_groups(config))
+    return _within(check(target, every_frame=False), config)
 
 
-def probe(source: Path, timeout_s: float) -> Probe:
+def convert_to_frames(
+    source: Path, folder: Path, config: VideoConfig, frames: FramesConfig, start: float | None, end: float | None
+) -> tuple[VideoInfo, list[bytes]]:
+    """The middle frame of each of segments * per_segment equal parts of the span, as JPEGs; errors as `convert`."""
+    import decord  # as in `check`
+    from PIL import Image
+
+    stream = _examine(source, config, start, end)
+    between = folder / "lossless.mp4"  # of the frames' size and rate already, so that they are compressed once
+    _encode(source, between, config, stream, start, end, ["-preset", "ultrafast", "-qp", "0", "-g", "12"])
+    info = _within(check(between, every_frame=False), config)
+    count = frames.segments * frames.per_segment
+    indices = [(2 * i + 1) * info.num_frames // (2 * count) for i in range(count)]
+    pictures = decord.VideoReader(str(between), num_threads=1).get_batch(indices).asnumpy()
+    jpegs = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=frames.quality)
+        jpegs.append(buffer.getvalue())
+    return info, jpegs
+
+
+def probe(source: Path, config: VideoConfig) -> Probe:
     """The first video stream of a file. Raises DataError if it has none."""
     # Without an output ffmpeg prints what it found and ends with an error.
-    text = _run(_file(source), timeout_s)[1]
+    text = _run(_file(source), config)[1]
     if "Input #0" not in text:
         raise DataError(f"not a video: {_reason(text)}")
     # "Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv), 320x240 [SAR 1:1], 25 fps, 25 tbr"
@@ -87,12 +108,12 @@ def probe(source: Path, timeout_s: float) -> Probe:
     return Probe(codec, pixels, int(width), int(height), rate, duration_s, "rotation of" in text)
 
 
-def check(path: Path, every_frame: bool) -> VideoInfo:
+def check(file: Path | BinaryIO, every_frame: bool) -> VideoInfo:
     """Decode the first, middle and last frame, or all, with the library that training uses. Raises DataError."""
     import decord  # opens threads: imported in the process that decodes
 
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
+        reader = decord.VideoReader(str(file) if isinstance(file, Path) else file, num_threads=1)
         num_frames, fps, keys = len(reader), float(reader.get_avg_fps()), reader.get_key_indices()
         indices = list(range(num_frames)) if every_frame else sorted({0, num_frames // 2, num_frames - 1})
         # In batches, as training reads: decord can't fill one of pictures 16, 24, 48 or 72 pixels wide.
@@ -109,7 +130,33 @@ def check(path: Path, every_frame: bool) -> VideoInfo:
 @functools.cache
 def ffmpeg_version() -> str:
     """The build's own name, "9.0.2-…": another build may write other bytes."""
-    return _run(["-version"], 60)[2].split()[2]
+    return _run(["-version"], VideoConfig())[2].split()[2]
+
+
+def _examine(source: Path, config: VideoConfig, start: float | None, end: float | None) -> Probe:
+    """The file's stream, if it is worth converting."""
+    if source.stat().st_size == 0:
+        raise DataError("the file is empty")
+    stream = probe(source, config)
+    if stream.width * stream.height > config.max_pixels:
+        raise DataError(f"more than video.max_pixels={config.max_pixels} in a frame")
+    length = end
+    if stream.duration_s is not None:
+        if (start or 0.0) >= stream.duration_s:
+            raise DataError(f"start={start:g} s is after the end of the video")
+        length = min(end or stream.duration_s, stream.duration_s)
+    if length is not None and length - (start or 0.0) > config.max_duration_s:
+        raise DataError(f"longer than video.max_duration_s={config.max_duration_s:g}")
+    return stream
+
+
+def _within(info: VideoInfo, config: VideoConfig) -> VideoInfo:
+    """What a file's header need not tell."""
+    if info.num_frames < config.min_frames:
+        raise DataError(f"fewer than video.min_frames={config.min_frames} frames")
+    if info.duration_s > config.max_duration_s:
+        raise DataError(f"longer than video.max_duration_s={config.max_duration_s:g}")
+    return info
 
 
 def _is_small(stream: Probe, config: VideoConfig) -> bool:
@@ -129,7 +176,9 @@ def _input(source: Path, config: VideoConfig, start: float | None = None, end: f
         span += ["-ss", str(start)]
     if end is not None:
         span += ["-t", str(end - (start or 0.0))]
-    return ["-threads", str(config.threads), *span, *_file(source), "-map", "0:V:0"]
+    # A stream may change its picture's size on the way.
+    bounds = ["-threads", str(config.threads), "-max_pixels", str(config.max_pixels)]
+    return [*bounds, *span, *_file(source), "-map", "0:V:0"]
 
 
 def _file(source: Path) -> list[str]:
@@ -137,17 +186,44 @@ def _file(source: Path) -> list[str]:
     return ["-protocol_whitelist", "file", "-i", f"file:{source}"]
 
 
-def _encoding(config: VideoConfig, fps: float) -> list[str]:
+def _copy(source: Path, target: Path, config: VideoConfig) -> VideoInfo | None:
+    """The stream as it is, in an mp4, or None if it can't be copied or its key frames are too far apart."""
+    with contextlib.suppress(DataError):  # some containers lack what mp4 needs
+        _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config)
+        # It may hide a broken frame anywhere, and readers must be able to rely on every one.
+        info = check(target, every_frame=True)
+        if info.longest_gop <= config.gop:
+            return info
+    return None
+
+
+def _encode(
+    source: Path,
+    target: Path,
+    config: VideoConfig,
+    stream: Probe,
+    start: float | None,
+    end: float | None,
+    encoder: list[str],
+) -> None:
     threads = str(config.threads)
+    fps = min(config.max_fps, stream.fps or config.max_fps)
     # Square pixels, even sides, never larger than the source.
     width, height = (f"trunc(min({side},{config.short_side})/2)*2" for side in ("iw", "ih"))
     scale = f"scale=w='if(gt(dar,1),-2,{width})':h='if(gt(dar,1),{height},-2)':reset_sar=1"
     # bitexact: every CPU gives the same bytes. A constant rate: equal steps in frames are equal steps in time.
     picture = ["-vf", f"fps={fps:g},{scale}:flags=bicubic+accurate_rnd+bitexact", "-pix_fmt", "yuv420p"]
-    codec = ["-c:v", "libx264", "-preset", config.preset, "-crf", str(config.crf)]
-    # Closed groups of equal length: a frame never needs another group to be decoded.
-    groups = ["-g", str(config.gop), "-keyint_min", str(config.gop), "-sc_threshold", "0", "-flags:v", "+cgop+bitexact"]
-    return [*picture, *codec, *groups, "-threads", threads, "-filter_threads", threads]
+    # One frame more than may be, so that `_within` sees it, but not a gap in the time stamps filled for days.
+    most = ["-frames:v", str(math.ceil(config.max_duration_s * fps) + 1)]
+    codec = ["-c:v", "libx264", *encoder, "-threads", threads, "-filter_threads", threads]
+    _ffmpeg([*_input(source, config, start, end), *picture, *most, *codec, *_output(target)], config)
+
+
+def _closed_groups(config: VideoConfig) -> list[str]:
+    """Groups of equal length, each decodable by itself."""
+    gop = str(config.gop)
+    groups = ["-g", gop, "-keyint_min", gop, "-sc_threshold", "0", "-flags:v", "+cgop+bitexact"]
+    return ["-preset", config.preset, "-crf", str(config.crf), *groups]
 
 
 def _output(target: Path) -> list[str]:
@@ -155,27 +231,42 @@ def _output(target: Path) -> list[str]:
     return [*clean, "-movflags", "+faststart", "-f", "mp4", "-y", str(target)]
 
 
-def _ffmpeg(arguments: list[str], timeout_s: float) -> None:
-    code, text, _ = _run(["-v", "error", *arguments], timeout_s)
+def _ffmpeg(arguments: list[str], config: VideoConfig) -> None:
+    code, text, _ = _run(["-v", "error", *arguments], config)
     if code:
         raise DataError(f"cannot be converted: {_reason(text)}")
 
 
-def _run(arguments: list[str], timeout_s: float) -> tuple[int, str, str]:
+def _run(arguments: list[str], config: VideoConfig) -> tuple[int, str, str]:
     """ffmpeg's exit code, stderr and stdout; it and its children never outlive this call."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         try:
-            out, err = process.communicate(timeout=timeout_s)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                resource.prlimit(process.pid, resource.RLIMIT_CPU, (config.max_cpu_s, config.max_cpu_s + 5))
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (config.max_bytes, config.max_bytes))
+            out, err = process.communicate(timeout=config.timeout_s)
         except subprocess.TimeoutExpired:
-            raise DataError(f"not converted within video.timeout_s={timeout_s:g}") from None
+            # It may be the machine that is slow, so this says nothing about the clip.
+            raise RunError(
+                f"ffmpeg did not end within video.timeout_s={config.timeout_s:g}: raise it, or take the video out"
+            ) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
     text = err.decode(errors="replace")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # ffmpeg ends with 255 on SIGTERM and SIGXCPU alike, and also on EPERM, which it prints.
+    was_ended = process.returncode == 255 and "Operation not permitted" not in text
+    if cpu_s > 0.95 * config.max_cpu_s and (was_ended or process.returncode == -signal.SIGKILL):
+        raise DataError(f"takes more than video.max_cpu_s={config.max_cpu_s} CPU seconds")
+    if process.returncode == -signal.SIGXFSZ or "File too large" in text:
+        raise DataError(f"becomes larger than video.max_bytes={config.max_bytes}")
     # The node's fault, not the clip's: a rejected clip would be missing from the dataset for ever.
-    if process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+    if was_ended or process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
         raise RunError("ffmpeg was killed, probably for want of memory: raise cpus_per_task and run again to go on")
     if "No space left on device" in text:
         raise RunError("ffmpeg found no space left on the node's disk: make room and run again to go on")

@@ -25,7 +25,12 @@ def test_indexes_lead_to_every_member(dataset: Path) -> None:
         "val": (1, 6, 6),
     }
     names = {entry.name for split in index.splits.values() for entry in split.shards}
-    assert names | {shards.marker_name(n) for n in names} | {"plan.json", "dataset.json"} == set(files(dataset))
+    assert names | {shards.marker_name(n) for n in names} | {
+        "plan.json",
+        "dataset.json",
+        "config.yaml",
+        "report.html",
+    } == set(files(dataset))
     for name in names:
         marker = shards.read_marker(str(dataset), name)
         assert marker.plan_hash == index.plan_hash
@@ -70,7 +75,7 @@ def test_resume_builds_only_what_is_missing(copy: Path, dataset: Path, shapes: P
     written = {name for name in after if after[name][0] != before[name][0]}
     assert written == {
         *("train/shard-000002.tar", "train/shard-000002.json", "test/shard-000001.tar", "test/shard-000001.json"),
-        "dataset.json",
+        *("config.yaml", "dataset.json", "report.html"),
     }
 
 
@@ -103,7 +108,7 @@ def test_bad_clips_are_rejected_counted_and_shown(
     bad = ["empty.mp4", "garbage.mp4", "cut.mp4", "sound.mp4", "nowhere.mp4"]
     lines = [GOOD, *({"video": name, "caption": "x", "split": "train"} for name in bad)]
     output = tmp_path / "out"
-    built = build_custom(output, annotate(*lines), videos, "max_rejected_fraction=0.9")
+    built = build_custom(output, annotate(*lines), videos, "max_rejected_fraction=0.9", "max_missing_fraction=0.2")
     marker = shards.read_marker(str(output), "train/shard-000000.tar")
     assert [s.video_id for s in marker.samples] == ["small.mp4"]
     assert {r.video_id: r.reason for r in marker.rejected} == {
@@ -145,6 +150,7 @@ def test_a_split_without_readable_clips_is_left_out(
 def test_a_video_that_vanishes_is_no_rejected_clip(
     annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(build_module, "FIRST_WAIT_S", 0.01)
     real = build_module._claim
     monkeypatch.setattr(build_module, "_claim", lambda *a: (real(*a), (tmp_path / "in/a.mp4").unlink()))
     (tmp_path / "in").mkdir()
@@ -245,7 +251,8 @@ def test_annotations_and_videos_on_s3(s3: str, videos: Path, tmp_path: Path, ray
         storage.publish(videos / name, f"{s3}/in/{name}")
     lines = [json.dumps(line) for line in (GOOD, {**GOOD, "video": "empty.mp4"}, {**GOOD, "video": "nowhere.mp4"})]
     storage.publish_bytes("\n".join(lines).encode(), f"{s3}/annotations.jsonl")
-    overrides = [f"source.annotations={s3}/annotations.jsonl", f"source.videos={s3}/in", "max_rejected_fraction=0.7"]
+    overrides = [f"source.annotations={s3}/annotations.jsonl", f"source.videos={s3}/in"]
+    overrides += ["max_rejected_fraction=0.7", "max_missing_fraction=0.5"]
     built = build(load("custom", tmp_path / "out", *overrides))
     assert set(built.reasons) == {"the file is empty", "there is no such file in source.videos"}
     assert built.dataset.split("train").samples == 1

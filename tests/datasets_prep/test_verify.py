@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from common import shards
 from common.errors import DataError
 from datasets_prep import verify as verify_module
 from datasets_prep.verify import verify
-from tests.datasets_prep.builds import run
+from tests.datasets_prep.builds import contents, files, run
 
 
 def damage(path: Path, how: str) -> None:
@@ -67,6 +68,56 @@ def test_verify_finds_a_video_that_is_there_twice(copy: Path) -> None:
 
     edit(copy / "dataset.json", twice)
     with pytest.raises(DataError, match=r"damaged: train/shard-000000\.tar"):
+        verify(str(copy))
+
+
+def test_repair_builds_only_what_is_bad(
+    copy: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verify_module, str(copy), "--repair", monkeypatch=monkeypatch) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+    damage(copy / "train/shard-000001.tar", "flip")
+    damage(copy / "test/shard-000000.tar", "remove")
+    before = files(copy)
+    assert run(verify_module, str(copy), "--repair", monkeypatch=monkeypatch) == 0
+    assert "built again: test/shard-000000.tar, train/shard-000001.tar" in capsys.readouterr().out
+    assert contents(copy) == contents(dataset)
+    assert before["train/shard-000000.tar"] == files(copy)["train/shard-000000.tar"]  # not written again
+    (copy / "config.yaml").unlink()
+    damage(copy / "train/shard-000001.tar", "cut")
+    assert run(verify_module, str(copy), "--repair", monkeypatch=monkeypatch) == 1
+    assert "holds no config.yaml" in capsys.readouterr().err
+
+
+def rewrite(copy: Path, name: str, change: Callable[[bytearray, dict], object]) -> None:
+    """Change a tar's bytes and make all indexes agree with it."""
+    data, marker = bytearray((copy / name).read_bytes()), json.loads((copy / shards.marker_name(name)).read_text())
+    change(data, marker)
+    (copy / name).write_bytes(data)
+    marker["sha256"] = shards.sha256_of(copy / name)
+    (copy / shards.marker_name(name)).write_text(json.dumps(marker))
+
+    def entry(dataset: dict) -> None:
+        for split in dataset["splits"].values():
+            for one in split["shards"]:
+                one["sha256"] = marker["sha256"] if one["name"] == name else one["sha256"]
+
+    edit(copy / "dataset.json", entry)
+
+
+def test_verify_decodes_every_video(copy: Path) -> None:
+    def spoil(data: bytearray, marker: dict) -> None:
+        offset, size = marker["samples"][3]["members"]["mp4"]
+        data[offset : offset + size] = bytes(size)
+
+    rewrite(copy, "train/shard-000001.tar", spoil)
+    with pytest.raises(DataError, match=r"damaged: train/shard-000001\.tar"):
+        verify(str(copy))
+
+
+def test_verify_proves_the_sums(copy: Path) -> None:
+    edit(copy / "plan.json", lambda plan: plan.update(clips=51))
+    with pytest.raises(DataError, match="of 51 planned clips 50 are in shards and 0 rejected by markers"):
         verify(str(copy))
 
 

@@ -1,13 +1,16 @@
 import hashlib
+import io
 import time
 from pathlib import Path
 
 import decord
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import DataError, RunError
 from datasets_prep import video
-from datasets_prep.config import VideoConfig
+from datasets_prep.config import FramesConfig, VideoConfig
 from tests.datasets_prep.conftest import SOUND, ffmpeg, picture
 
 CONFIG = VideoConfig(short_side=64, gop=6)
@@ -22,10 +25,10 @@ def test_transcodes_to_small_short_gops_without_sound(videos: Path, tmp_path: Pa
     assert (info.width, info.height, info.fps, info.num_frames) == (114, 64, 30.0, 60)
     assert info.duration_s == 2.0
     assert info.longest_gop == 6
-    stream = video.probe(tmp_path / "out.mp4", 60)
+    stream = video.probe(tmp_path / "out.mp4", CONFIG)
     assert (stream.codec, stream.pixels) == ("h264", "yuv420p")
-    assert "Audio:" in video._run(["-i", str(videos / "wide.mp4")], 60)[1]
-    assert "Audio:" not in video._run(["-i", str(tmp_path / "out.mp4")], 60)[1]
+    assert "Audio:" in video._run(["-i", str(videos / "wide.mp4")], CONFIG)[1]
+    assert "Audio:" not in video._run(["-i", str(tmp_path / "out.mp4")], CONFIG)[1]
 
 
 def test_index_is_at_the_front(videos: Path, tmp_path: Path) -> None:
@@ -88,10 +91,10 @@ def test_cuts_a_span(videos: Path, tmp_path: Path) -> None:
 def test_a_turned_phone_video_is_upright(videos: Path, tmp_path: Path) -> None:
     turned = tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", "90", "-i", str(videos / "small.mp4"), "-c", "copy", str(turned))
-    assert video.probe(turned, 60).is_rotated
+    assert video.probe(turned, CONFIG).is_rotated
     info = convert(turned, tmp_path)
     assert (info.width, info.height) == (64, 96)
-    assert not video.probe(tmp_path / "out.mp4", 60).is_rotated  # upright pixels: not every decoder turns them
+    assert not video.probe(tmp_path / "out.mp4", CONFIG).is_rotated  # upright pixels: not every decoder turns them
 
 
 @pytest.mark.parametrize(
@@ -140,14 +143,19 @@ def test_a_broken_frame_is_found_or_made_whole(videos: Path, tmp_path: Path) -> 
 
 def test_an_endless_ffmpeg_is_killed(videos: Path, tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"not converted within video.timeout_s=0.5"):
-        video._run(["-v", "error", "-re", "-f", "lavfi", "-i", "testsrc2=duration=600", "-f", "null", "-"], 0.5)
+    endless = ["-v", "error", "-re", "-f", "lavfi", "-i", "testsrc2=duration=600", "-f", "null", "-"]
+    with pytest.raises(RunError, match=r"did not end within video.timeout_s=0.5"):  # perhaps the machine is slow
+        video._run(endless, CONFIG.model_copy(update={"timeout_s": 0.5}))
     assert time.monotonic() - began < 300  # it would have gone on for 600 s
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
-    [("kill -9 $$", "ffmpeg was killed"), ("echo 'av_write: No space left on device' >&2; exit 1", "no space left")],
+    [
+        ("kill -9 $$", "ffmpeg was killed"),
+        ("exit 255", "ffmpeg was killed"),  # its own answer to SIGTERM
+        ("echo 'av_write: No space left on device' >&2; exit 1", "no space left"),
+    ],
 )
 def test_a_fault_of_the_node_rejects_no_clip(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str
@@ -158,6 +166,66 @@ def test_a_fault_of_the_node_rejects_no_clip(
     monkeypatch.setattr(video.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
     with pytest.raises(RunError, match=f"{message}.*run again to go on"):
         video.convert(videos / "small.mp4", tmp_path / "out.mp4", VideoConfig(), None, None)
+
+
+@pytest.mark.parametrize(
+    ("bound", "reason"),
+    [
+        ({"max_pixels": 640 * 360 - 1}, "more than video.max_pixels=230399 in a frame"),
+        ({"max_duration_s": 1.5}, "longer than video.max_duration_s=1.5"),
+        ({"min_frames": 61}, "fewer than video.min_frames=61 frames"),
+        ({"max_bytes": 3000}, "becomes larger than video.max_bytes=3000"),
+    ],
+)
+@pytest.mark.parametrize("payload", ["video", "frames"])
+def test_bounds_depend_on_the_file_alone(
+    videos: Path, tmp_path: Path, bound: dict[str, float], reason: str, payload: str
+) -> None:
+    config = CONFIG.model_copy(update=bound)
+    with pytest.raises(DataError, match=f"^{reason}$"):
+        if payload == "video":
+            convert(videos / "wide.mp4", tmp_path, config)
+        else:
+            video.convert_to_frames(videos / "wide.mp4", tmp_path, config, FramesConfig(), None, None)
+
+
+def test_a_span_of_a_long_video_may_be_short(videos: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_duration_s": 1.0})
+    assert convert(videos / "wide.mp4", tmp_path, config, start=0.5, end=1.5).num_frames == 30
+    with pytest.raises(DataError, match="longer than"):
+        convert(videos / "wide.mp4", tmp_path, config, start=0.5)
+
+
+def test_a_header_that_tells_nothing_is_bounded_too(tmp_path: Path) -> None:
+    """A stream without a duration, and one whose time stamps jump by hours: filled up, it would have 10^6 frames."""
+    ffmpeg(*picture("96x64", 10, 3), "-c:v", "libx264", "-f", "h264", str(tmp_path / "raw.h264"))
+    assert video.probe(tmp_path / "raw.h264", CONFIG).duration_s is None
+    with pytest.raises(DataError, match=r"longer than video.max_duration_s=1$"):
+        convert(tmp_path / "raw.h264", tmp_path, CONFIG.model_copy(update={"max_duration_s": 1.0, "max_fps": 5.0}))
+    jump = ["-vf", "settb=1/10,setpts='N+if(gt(N,9),100000*10,0)'", "-enc_time_base", "1/10", "-fps_mode", "vfr"]
+    ffmpeg(*picture("96x64", 10, 3), *jump, "-c:v", "libx264", str(tmp_path / "jump.mkv"))
+    with pytest.raises(DataError, match=r"longer than video.max_duration_s=1800$"):
+        convert(tmp_path / "jump.mkv", tmp_path)
+
+
+def test_cpu_time_is_bounded(tmp_path: Path) -> None:
+    work = ["-v", "error", "-f", "lavfi", "-i", "mandelbrot=size=1280x720", "-f", "null", "-"]
+    with pytest.raises(DataError, match=r"takes more than video.max_cpu_s=1 CPU seconds"):
+        video._run(work, CONFIG.model_copy(update={"max_cpu_s": 1}))
+
+
+def test_frames_are_the_middles_of_equal_parts(tmp_path: Path) -> None:
+    """Grey levels that rise with time tell which frames were taken."""
+    ffmpeg("-f", "lavfi", "-i", "nullsrc=s=96x64:r=10:d=6,format=gray,geq=lum='4*N'", "-pix_fmt", "yuv420p",
+           "-qp", "0", str(tmp_path / "grey.mp4"))  # fmt: skip
+    settings = FramesConfig(segments=5, per_segment=2)
+    info, jpegs = video.convert_to_frames(tmp_path / "grey.mp4", tmp_path, CONFIG, settings, None, None)
+    levels = [np.asarray(Image.open(io.BytesIO(jpeg)).convert("L")).mean() for jpeg in jpegs]
+    assert (info.num_frames, len(jpegs)) == (60, 10)
+    steps = np.diff(levels)
+    assert steps.min() > 0 and steps.max() - steps.min() < 0.2 * steps.mean()  # evenly spaced
+    first, last = levels[0], 255 * (60 - 4) / 60  # the middles of the first and last tenth
+    assert levels[0] < steps.mean() and levels[-1] > levels[0] + 8.5 * steps.mean(), (first, last)
 
 
 @pytest.mark.parametrize("name", ["wide.mp4", "small.mp4"])
