@@ -64,8 +64,8 @@ class SampleIndex(_Record):
 
     @property
     def video(self) -> str:
-        """The suffix of its video, to be looked up in `members`."""
-        return next(suffix for suffix in VIDEO_SUFFIXES if suffix in self.members)
+        """The suffix of its video, to be looked up in `members`; those of the payload `frames` have none."""
+        return next((suffix for suffix in VIDEO_SUFFIXES if suffix in self.members), VIDEO_SUFFIXES[0])
 
 
 class Rejected(_Record):

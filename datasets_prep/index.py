@@ -22,9 +22,11 @@ from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, DataError, NoBucketError, NotFoundError, RunError, exit_with, told
 from common.shards import DatasetIndex, SplitIndex
+from datasets_prep import report, shard_reader
 from datasets_prep.build import Built, summary
 from datasets_prep.config import IndexConfig
-from datasets_prep.shard_reader import Summary, index_tar, summarise
+from datasets_prep.shard_reader import Found
+from datasets_prep.shard_writer import Outcome
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "validation", "test")
@@ -57,11 +59,14 @@ def index(config: IndexConfig) -> Built:
     for found in done.values():
         _refuse_twice(seen, config, found)
     for found in logs.progress(_run(config, folder, plan_hash, missing), "tars", len(missing)):
-        done[found.entry.name] = found
+        done[found.name] = found
         _refuse_twice(seen, config, found)
-    dataset = _dataset(config, plan_hash, [done[name] for name in sizes])
-    _publish(dataset, storage.join(folder, "dataset.json"))
-    return Built(dataset, _reasons(done.values()))
+    outcomes = [done[name].outcome for name in sizes]
+    dataset, reasons = _dataset(config, plan_hash, outcomes), _reasons(outcomes)
+    _publish(dataset.model_dump_json(indent=1).encode(), storage.join(folder, "dataset.json"))
+    page = report.render(folder, dataset, reasons, [o.histograms for o in outcomes])
+    _publish(page.encode(), storage.join(folder, report.NAME))
+    return Built(dataset, reasons)
 
 
 def _refuse_a_build(folder: str) -> None:
@@ -80,6 +85,9 @@ def _refuse_a_build(folder: str) -> None:
             f"{folder} is the output of datasets_prep.build and needs no other index: read it as it is, "
             "or finish it by datasets_prep.build"
         )
+    page = storage.join(folder, report.NAME)
+    if storage.exists(page) and report.TITLE.encode() not in storage.read(page):
+        raise DataError(f"{page} is in the place of our report and not ours: move it away")
 
 
 def _plan_hash(config: IndexConfig) -> str:
@@ -100,13 +108,13 @@ def _tars(folder: str) -> dict[str, int]:
     return tars
 
 
-def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[str, Summary], list[str]]:
+def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[str, Found], list[str]]:
     """The tars that need no more work, and the names of those whose marker is of other options or another tar.
 
     Raises DataError if a file that is no marker of ours is in a marker's place.
     """
 
-    def read(name: str) -> Summary | bool:
+    def read(name: str) -> Found | bool:
         """False without a marker, True with a stale one."""
         try:
             marker = shards.read_marker(folder, name)
@@ -117,20 +125,21 @@ def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[
         if marker is None or not marker.plan_hash.startswith(OURS):
             path = storage.join(folder, shards.marker_name(name))
             raise DataError(f"{path} is in the place of the marker of {name} and not ours: move it, or rename the tar")
-        return summarise(name, marker) if (marker.plan_hash, marker.bytes) == (plan_hash, sizes[name]) else True
+        is_same = (marker.plan_hash, marker.bytes) == (plan_hash, sizes[name])
+        return shard_reader.found(name, marker) if is_same else True
 
     with ThreadPoolExecutor(16) as pool:
         found = dict(zip(sizes, pool.map(read, sizes), strict=True))
-    return {n: s for n, s in found.items() if isinstance(s, Summary)}, [n for n, s in found.items() if s is True]
+    return {n: s for n, s in found.items() if isinstance(s, Found)}, [n for n, s in found.items() if s is True]
 
 
-def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -> Iterator[Summary]:
+def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -> Iterator[Found]:
     """Index tars, a bounded number at once. As tasks and not threads: decord may crash on what others wrote."""
     if not missing:
         return
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
-    task = ray.remote(index_tar)
+    task = ray.remote(shard_reader.index_tar)
     limit = min(config.workers or sys.maxsize, max(1, int(ray.cluster_resources().get("CPU", 1))))
     waiting, running = iter(missing), dict[Any, str]()
     settings = config.model_dump(mode="json")
@@ -143,9 +152,9 @@ def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -
         yield _result(finished[0], running.pop(finished[0]))
 
 
-def _result(reference: Any, name: str) -> Summary:
+def _result(reference: Any, name: str) -> Found:
     try:
-        found: Summary = ray.get(reference)
+        found: Found = ray.get(reference)
     except ray.exceptions.RayError as error:
         known = told(error)
         if known is None and isinstance(error, ray.exceptions.RayTaskError):
@@ -155,9 +164,9 @@ def _result(reference: Any, name: str) -> Summary:
     return found
 
 
-def _refuse_twice(seen: dict[tuple[str, str], str], config: IndexConfig, found: Summary) -> None:
+def _refuse_twice(seen: dict[tuple[str, str], str], config: IndexConfig, found: Found) -> None:
     """Note a tar's video ids, by split and id; raise DataError for one that is there already."""
-    name = found.entry.name
+    name = found.name
     split = _split_of(name, config)
     for video_id in found.video_ids:
         if (split, video_id) in seen:
@@ -174,18 +183,19 @@ def _split_of(name: str, config: IndexConfig) -> str:
     return top if slash and top in SPLITS else config.split
 
 
-def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> DatasetIndex:
-    rejected, samples = _reasons(found).total(), sum(s.entry.samples for s in found)
+def _dataset(config: IndexConfig, plan_hash: str, outcomes: list[Outcome]) -> DatasetIndex:
+    reasons = _reasons(outcomes)
+    rejected, samples = reasons.total(), sum(o.entry.samples for o in outcomes)
     if not samples or rejected > config.max_rejected_fraction * (samples + rejected):
-        most = "; ".join(f"{count:,} × {reason}" for reason, count in _reasons(found).most_common(5))
+        most = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common(5))
         raise RunError(
             f"{rejected:,} of {samples + rejected:,} samples were rejected, more than max_rejected_fraction="
             f"{config.max_rejected_fraction:g} allows ({most or 'the tars are empty'}): correct the tars, or raise it"
         )
     splits: dict[str, list[shards.ShardEntry]] = {}
-    for of_tar in found:
-        if of_tar.entry.samples:  # not every sample was rejected
-            splits.setdefault(_split_of(of_tar.entry.name, config), []).append(of_tar.entry)
+    for entry in (o.entry for o in outcomes):
+        if entry.samples:  # else every sample was rejected
+            splits.setdefault(_split_of(entry.name, config), []).append(entry)
     return DatasetIndex(
         payload="video",
         plan_hash=plan_hash,
@@ -194,14 +204,13 @@ def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> Datas
     )
 
 
-def _publish(dataset: DatasetIndex, url: str) -> None:
-    content = dataset.model_dump_json(indent=1).encode()
+def _publish(content: bytes, url: str) -> None:
     if not storage.exists(url) or storage.read(url) != content:
         storage.publish_bytes(content, url)
 
 
-def _reasons(found: Iterable[Summary]) -> Counter[str]:
-    return sum((s.reasons for s in found), Counter[str]())
+def _reasons(outcomes: Iterable[Outcome]) -> Counter[str]:
+    return sum((o.reasons for o in outcomes), Counter[str]())
 
 
 def _config(arguments: Sequence[str]) -> IndexConfig:

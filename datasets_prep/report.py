@@ -11,6 +11,7 @@ from common.shards import DatasetIndex, Histograms, SampleIndex, SampleInfo
 from datasets_prep import histograms
 
 NAME = "report.html"
+TITLE = "<title>Dataset report</title>"
 SAMPLES = 24
 FRAMES = 4
 TITLES = {
@@ -48,7 +49,7 @@ def render(output: str, dataset: DatasetIndex, reasons: Mapping[str, int], parts
         f"<tr><td>{html.escape(reason)}<td>{count:,}" for reason, count in Counter(reasons).most_common()
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Dataset report</title>
+<html lang="en"><head><meta charset="utf-8">{TITLE}
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>
 <h1>Dataset report</h1>
 <table><tr><th>split<th>shards<th>videos<th>captions<th>MB{"".join(rows)}</table>
@@ -86,11 +87,11 @@ def _sample(tar: str, sample: SampleIndex) -> str:
         return storage.read_range(tar, *sample.members[suffix])
 
     info = sample.info or SampleInfo.model_validate_json(member("json"))
-    pictures = sorted(suffix for suffix in sample.members if suffix.endswith("jpg"))
-    if pictures:
-        jpegs = [member(pictures[i * len(pictures) // FRAMES]) for i in range(FRAMES)]
+    if sample.video in sample.members:
+        jpegs = _frames(member(sample.video))
     else:
-        jpegs = _frames(member(next(suffix for suffix in sample.members if suffix not in ("json", "txt"))))
+        pictures = sorted(suffix for suffix in sample.members if suffix.endswith("jpg"))
+        jpegs = [member(pictures[i * len(pictures) // FRAMES]) for i in range(FRAMES)]
     images = "".join(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(j).decode()}">' for j in jpegs)
     captions = "<br>".join(html.escape(c.text) for c in info.captions[:3])
     more = f" and {len(info.captions) - 3} more" if len(info.captions) > 3 else ""

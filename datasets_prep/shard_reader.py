@@ -8,7 +8,6 @@ import os
 import re
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,23 +15,26 @@ from typing import Any, BinaryIO, NamedTuple
 from common import shards, storage
 from common.config import validate
 from common.errors import DataError, StorageError
-from common.shards import VIDEO_SUFFIXES, Caption, Rejected, SampleIndex, SampleInfo, ShardEntry, ShardIndex
-from datasets_prep import video
+from common.shards import VIDEO_SUFFIXES, Caption, Rejected, SampleIndex, SampleInfo, ShardIndex
+from datasets_prep import histograms, video
 from datasets_prep.config import IndexConfig
-from datasets_prep.shard_writer import members_of
+from datasets_prep.shard_writer import Outcome, members_of, outcome
 
 Members = dict[str, tuple[int, int]]
 
 
-class Summary(NamedTuple):
-    """What the driver keeps of a marker: it holds the captions of no tar."""
+class Found(NamedTuple):
+    """What the driver keeps of a marker: the captions of all tars would not fit."""
 
-    entry: ShardEntry
+    outcome: Outcome
     video_ids: list[str]
-    reasons: Counter[str]
+
+    @property
+    def name(self) -> str:
+        return self.outcome.entry.name
 
 
-def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) -> Summary:
+def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) -> Found:
     """Read the tar `name` below `folder` once and publish its marker beside it.
 
     Args:
@@ -66,21 +68,21 @@ def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) 
                 except DataError as error:
                     rejected.append(Rejected(video_id=key, reason=str(error)))
         size = tar.stat().st_size
-    marker = ShardIndex(plan_hash=plan_hash, sha256=sha256, bytes=size, samples=samples, rejected=rejected)
+    marker = ShardIndex(
+        plan_hash=plan_hash,
+        sha256=sha256,
+        bytes=size,
+        samples=samples,
+        rejected=rejected,
+        histograms=histograms.of(s.info for s in samples if s.info),
+    )
     content = marker.model_dump_json(exclude_none=True).encode()
     storage.publish_bytes(content, storage.join(folder, shards.marker_name(name)))
-    return summarise(name, marker)
+    return found(name, marker)
 
 
-def summarise(name: str, marker: ShardIndex) -> Summary:
-    entry = ShardEntry(
-        name=name,
-        samples=len(marker.samples),
-        captions=sum(s.num_captions for s in marker.samples),
-        bytes=marker.bytes,
-        sha256=marker.sha256,
-    )
-    return Summary(entry, [s.video_id for s in marker.samples], Counter(r.reason for r in marker.rejected))
+def found(name: str, marker: ShardIndex) -> Found:
+    return Found(outcome(name, marker), [s.video_id for s in marker.samples])
 
 
 def _sample(file: BinaryIO, name: str, key: str, members: Members, config: IndexConfig, temporary: Path) -> SampleIndex:
@@ -101,16 +103,16 @@ def _sample(file: BinaryIO, name: str, key: str, members: Members, config: Index
     temporary.write_bytes(read(suffix))
     if not temporary.stat().st_size:
         raise DataError("the video is empty")
-    found = video.check(temporary, every_frame=False)
+    made = video.check(temporary, every_frame=False)
     info = SampleInfo(
         video_id=video_id,
         source_id=source_id,
         captions=[Caption(id=f"{video_id}#{i}", text=text) for i, text in enumerate(captions)],
-        duration_s=found.duration_s,
-        fps=found.fps,
-        num_frames=found.num_frames,
-        width=found.width,
-        height=found.height,
+        duration_s=made.duration_s,
+        fps=made.fps,
+        num_frames=made.num_frames,
+        width=made.width,
+        height=made.height,
     )
     return SampleIndex(
         key=key, video_id=video_id, source_id=source_id, num_captions=len(captions), members=members, info=info
@@ -131,15 +133,15 @@ def _captions(notes: Mapping[str, Any], txt: bytes, key: str | None) -> list[str
     """A key that was asked for stands; else the .txt, which open_clip reads too, goes before the json."""
     if key is None:
         try:
-            found = _texts(txt.decode())
+            texts = _texts(txt.decode())
         except UnicodeDecodeError:
             raise DataError("its txt is not UTF-8") from None
-        found = found or _texts(notes.get("caption")) or _texts(notes.get("captions"))
+        texts = texts or _texts(notes.get("caption")) or _texts(notes.get("captions"))
     else:
-        found = _texts(notes.get(key))
-    if not found:
+        texts = _texts(notes.get(key))
+    if not texts:
         raise DataError("no caption" + (f": its json has no text at {key!r}" if key else ""))
-    return found
+    return texts
 
 
 def _texts(value: Any) -> list[str]:

@@ -45,7 +45,7 @@ def video2dataset(clip: bytes, row: int, number: int = 0) -> Sample:
     """What video2dataset writes for the clip `number` of a row with `videoid`, its keys and nulls included."""
     notes = {"url": "http://x/a.mp4", "videoid": f"v{row}", "caption": f"clip {row} {number}", "error_message": None}
     notes |= {"clips": [[0.0, 2.0]], "key": f"{row:08d}_{number:05d}", "status": "success", "yt_meta_dict": None}
-    return {"mp4": clip, "txt": f"clip {row} {number}", "json": notes}
+    return {"mp4": clip, "txt": f"clip {row} {number}", "json": notes, "m4a": b"sound", "jpg": b"a thumbnail"}
 
 
 def tars_of_video2dataset(folder: Path, clip: bytes) -> None:
@@ -97,7 +97,7 @@ def test_video2dataset_is_indexed_verified_and_trained_on(tmp_path: Path, clip: 
     built = index(load(folder))
     after = files(folder)
     assert {name: after[name] for name in before} == before
-    assert after.keys() - before.keys() == {"00000.json", "00001.json", "dataset.json"}
+    assert after.keys() - before.keys() == {"00000.json", "00001.json", "dataset.json", "report.html"}
     assert built.dataset.split("train").samples == built.dataset.split("train").captions == 12
     first = marker(folder, "00001.tar").samples[0]
     assert (first.key, first.video_id, first.source_id) == ("00000003_00000", "00000003_00000", "v3")
@@ -158,9 +158,8 @@ def test_again_does_only_what_is_missing(
     # A tar that is new: the markers of the others stay as they are.
     write_tar(tmp_path / "00002.tar", {"00000009_00000": video2dataset(clip, 9)})
     assert index(load(tmp_path)).dataset.split("train").samples == 13
-    assert {n: f for n, f in files(tmp_path).items() if n in before and n != "dataset.json"} == {
-        n: f for n, f in after.items() if n != "dataset.json"
-    }
+    now = files(tmp_path)
+    assert {n for n in after if now[n] != after[n]} == {"dataset.json", "report.html"}
     # A tar that was replaced by a longer one is read again.
     write_tar(tmp_path / "00002.tar", {f"0000000{i}_00000": video2dataset(clip, i) for i in (8, 9)})
     assert index(load(tmp_path)).dataset.split("train").samples == 14
@@ -336,6 +335,8 @@ def spoil(folder: Path, how: str) -> list[str]:
         (folder / "00001.json").write_text('{"count": 3}')
     elif how == "dataset.json":
         (folder / "dataset.json").write_text('{"name": "theirs"}')
+    elif how == "report.html":
+        (folder / "report.html").write_text("<html>theirs")
     elif how == "dataset.tar":
         tar.rename(folder / "dataset.tar")
     elif how == "no tars":
@@ -351,6 +352,7 @@ def spoil(folder: Path, how: str) -> list[str]:
         ("twice", "00001.tar is no whole tar (it holds a.txt twice): move it away"),
         ("foreign", "00001.json is in the place of the marker of 00001.tar and not ours: move it"),
         ("dataset.json", "holds a dataset.json that is not ours: move it away"),
+        ("report.html", "report.html is in the place of our report and not ours: move it away"),
         ("dataset.tar", "dataset.tar: rename it"),
         ("no tars", "there is no .tar in"),
         ("key", "unknown key 'videoids', did you mean 'video_ids'?"),
