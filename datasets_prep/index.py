@@ -22,6 +22,7 @@ from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, DataError, NoBucketError, NotFoundError, RunError, exit_with, told
 from common.shards import DatasetIndex, SplitIndex
+from datasets_prep import report
 from datasets_prep.build import Built, summary
 from datasets_prep.config import IndexConfig
 from datasets_prep.shard_reader import Summary, index_tar, summarise
@@ -60,8 +61,11 @@ def index(config: IndexConfig) -> Built:
         done[found.entry.name] = found
         _refuse_twice(seen, config, found)
     dataset = _dataset(config, plan_hash, [done[name] for name in sizes])
-    _publish(dataset, storage.join(folder, "dataset.json"))
-    return Built(dataset, _reasons(done.values()))
+    reasons = _reasons(done.values())
+    _publish(dataset.model_dump_json(indent=1), storage.join(folder, "dataset.json"))
+    page = report.render(folder, dataset, reasons, [found.histograms for found in done.values()])
+    _publish(page, storage.join(folder, report.NAME))
+    return Built(dataset, reasons)
 
 
 def _refuse_a_build(folder: str) -> None:
@@ -194,10 +198,9 @@ def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> Datas
     )
 
 
-def _publish(dataset: DatasetIndex, url: str) -> None:
-    content = dataset.model_dump_json(indent=1).encode()
-    if not storage.exists(url) or storage.read(url) != content:
-        storage.publish_bytes(content, url)
+def _publish(text: str, url: str) -> None:
+    if not storage.exists(url) or storage.read(url) != text.encode():
+        storage.publish_bytes(text.encode(), url)
 
 
 def _reasons(found: Iterable[Summary]) -> Counter[str]:

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 from common import shards, storage
 from common.config import validate
 from common.errors import DataError, StorageError
-from common.shards import VIDEO_SUFFIXES, Caption, Rejected, SampleIndex, SampleInfo, ShardEntry, ShardIndex
-from datasets_prep import video
+from common.shards import VIDEO_SUFFIXES, Caption, Histograms, Rejected, SampleIndex, SampleInfo, ShardEntry, ShardIndex
+from datasets_prep import histograms, video
 from datasets_prep.config import IndexConfig
-from datasets_prep.shard_writer import members_of
+from datasets_prep.shard_writer import members_of, outcome
 
 Members = dict[str, tuple[int, int]]
 
@@ -30,6 +30,7 @@ class Summary(NamedTuple):
     entry: ShardEntry
     video_ids: list[str]
     reasons: Counter[str]
+    histograms: Histograms
 
 
 def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) -> Summary:
@@ -66,21 +67,22 @@ def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) 
                 except DataError as error:
                     rejected.append(Rejected(video_id=key, reason=str(error)))
         size = tar.stat().st_size
-    marker = ShardIndex(plan_hash=plan_hash, sha256=sha256, bytes=size, samples=samples, rejected=rejected)
+    marker = ShardIndex(
+        plan_hash=plan_hash,
+        sha256=sha256,
+        bytes=size,
+        samples=samples,
+        rejected=rejected,
+        histograms=histograms.of(s.info for s in samples if s.info),
+    )
     content = marker.model_dump_json(exclude_none=True).encode()
     storage.publish_bytes(content, storage.join(folder, shards.marker_name(name)))
     return summarise(name, marker)
 
 
 def summarise(name: str, marker: ShardIndex) -> Summary:
-    entry = ShardEntry(
-        name=name,
-        samples=len(marker.samples),
-        captions=sum(s.num_captions for s in marker.samples),
-        bytes=marker.bytes,
-        sha256=marker.sha256,
-    )
-    return Summary(entry, [s.video_id for s in marker.samples], Counter(r.reason for r in marker.rejected))
+    entry, reasons, counts = outcome(name, marker)
+    return Summary(entry, [s.video_id for s in marker.samples], reasons, counts)
 
 
 def _sample(file: BinaryIO, name: str, key: str, members: Members, config: IndexConfig, temporary: Path) -> SampleIndex:
