@@ -120,7 +120,7 @@ def check(file: Path | BinaryIO, every_frame: bool) -> VideoInfo:
         for first in range(0, len(indices), 64):
             _, height, width, _ = reader.get_batch(indices[first : first + 64]).shape
     except Exception as error:  # decord raises several unrelated types
-        reason = re.sub(r"^\[[\d:]+\] \S+ ", "", str(error).strip().splitlines()[0])  # "[13:05:59] file.cc:12: "
+        reason = re.sub(r"^(\[[\d:]+\] \S+ )+", "", str(error).strip().splitlines()[0])  # "[13:05:59] file.cc:12: "
         reason = "decord can't open it" if reason.startswith("Error reading") else reason  # it names the path
         raise DataError(f"cannot be decoded: {reason}") from None
     gop = max(b - a for a, b in pairwise(sorted({0, *keys, num_frames})))

@@ -1,6 +1,8 @@
 """Tars that someone else wrote become a dataset where they lie, and everything of ours reads it."""
 
-from collections.abc import Iterator, Mapping
+import re
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from datasets_prep.verify import verify
 from tests.datasets_prep.builds import contents, files, run
 from tests.datasets_prep.conftest import ffmpeg, picture
 from training.config import PRESETS, TrainConfig
-from training.data import cache as caches
 from training.data.loader import eval_loader, open_cache, train_loader
 
 Sample = dict[str, Any]
@@ -31,12 +32,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     ffmpeg(*picture("96x64", 10, 2), "-pix_fmt", "yuv420p", str(path))
     return path.read_bytes()
-
-
-@pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
-    caches._open.cache_clear()
-    yield
 
 
 def write_tar(path: Path, samples: Mapping[str, Sample]) -> None:
@@ -67,8 +62,9 @@ def tars_of_video2dataset(folder: Path, clip: bytes) -> None:
 
 def tars_of_open_clip(folder: Path, clip: bytes) -> None:
     """A text beside each video, nothing else; keys that start anew in every split."""
-    for split, count in (("train", 8), ("val", 4)):
-        write_tar(folder / f"{split}/000.tar", {f"{i:04d}": {"mp4": clip, "txt": f"video {i}\n"} for i in range(count)})
+    # A local folder lists train before train-more, S3 after it.
+    for split, rows in (("train", range(8)), ("train-more", range(8, 10)), ("val", range(4))):
+        write_tar(folder / f"{split}/000.tar", {f"{i:04d}": {"mp4": clip, "txt": f"video {i}\n"} for i in rows})
 
 
 def load(folder: Path | str, **values: Any) -> IndexConfig:
@@ -128,13 +124,14 @@ def test_open_clip_on_s3_in_folders_named_like_splits(
     s3: str, tmp_path: Path, clip: bytes, ray_local: RayCluster
 ) -> None:
     tars_of_open_clip(tmp_path / "local", clip)
-    for name in ("train/000.tar", "val/000.tar"):
+    for name in ("train/000.tar", "train-more/000.tar", "val/000.tar"):
         storage.publish(tmp_path / "local" / name, f"{s3}/{name}")
     built = index(load(s3))
-    assert {name: split.samples for name, split in built.dataset.splits.items()} == {"train": 8, "val": 4}
-    assert verify(s3) == 12
+    assert {name: split.samples for name, split in built.dataset.splits.items()} == {"train": 10, "val": 4}
+    assert verify(s3) == 14
     trained, evaluated = read_by_training(s3, tmp_path / "cache", "val")
-    assert trained == {f"{i:04d}" for i in range(8)}
+    assert len(trained) == 8
+    assert trained <= {f"{i:04d}" for i in range(10)}
     assert evaluated == {f"{i:04d}" for i in range(4)}
     # The same bytes on any storage, and on any attempt.
     index(load(tmp_path / "local"))
@@ -227,7 +224,7 @@ def test_samples_without_video_or_caption_are_rejected_with_their_reason(
     assert reasons["empty"] == "the video is empty"
     assert reasons["garbage"] == "cannot be decoded: decord can't open it"
     # No path, no time: equal faults are equal texts, and another attempt gives the same bytes.
-    assert not any(str(tmp_path) in r or "/tmp" in r or r.count(":") > 2 for r in reasons.values()), reasons
+    assert not any(re.search(r"/tmp|\.cc|\d\d:\d\d", reason) for reason in reasons.values()), reasons
     assert built.dataset.rejected == built.reasons.total() == 11
     assert verify(str(tmp_path)) == 2
     first = contents(tmp_path)
@@ -319,18 +316,12 @@ def test_tars_made_by_hand(tmp_path: Path, clip: bytes, ray_local: RayCluster) -
         (tmp_path / f"in/{stem}.MP4").write_bytes(clip)
         (tmp_path / f"in/{stem}.txt").write_text("x")
     (tmp_path / "in/README").write_text("x")
-    with index_module_tar(tmp_path / "out/a.tar") as archive:
+    (tmp_path / "out").mkdir()
+    with tarfile.open(tmp_path / "out/a.tar", "w") as archive:
         archive.add(tmp_path / "in", arcname=".")
     index(load(tmp_path / "out"))
     assert sorted(built_ids(tmp_path / "out")) == ["a", "sub.dir/b"]
     assert verify(str(tmp_path / "out")) == 2
-
-
-def index_module_tar(path: Path) -> Any:
-    import tarfile
-
-    path.parent.mkdir()
-    return tarfile.open(path, "w")
 
 
 def spoil(folder: Path, how: str) -> list[str]:
@@ -340,7 +331,7 @@ def spoil(folder: Path, how: str) -> list[str]:
         tar.write_bytes(tar.read_bytes()[:4000])
     elif how == "twice":
         write_tar(tar, {"a": {"txt": "x"}})
-        with __import__("tarfile").open(tar, "a") as archive:
+        with tarfile.open(tar, "a") as archive:
             archive.add(folder / "00000.parquet", arcname="a.txt")
     elif how == "foreign":
         (folder / "00001.json").write_text('{"count": 3}')
@@ -351,7 +342,7 @@ def spoil(folder: Path, how: str) -> list[str]:
     elif how == "no tars":
         for path in folder.glob("*.tar"):
             path.unlink()
-    return [str(folder), *(["videoids=tar"] if how == "key" else ["caption=["] if how == "value" else [])]
+    return [str(folder), *(["videoids=tar"] if how == "key" else [])]
 
 
 @pytest.mark.parametrize(
@@ -396,7 +387,7 @@ def test_the_command(
 ) -> None:
     tars_of_open_clip(tmp_path, clip)
     assert run(index_module, str(tmp_path), "workers=1", monkeypatch=monkeypatch) == 0
-    assert "train            1           8           8" in capsys.readouterr().out
+    assert "train            2          10          10" in capsys.readouterr().out
     assert run(index_module, str(tmp_path), "split=x", "--print", monkeypatch=monkeypatch) == 0
     assert "split: x" in capsys.readouterr().out
     assert run(index_module, "--help", monkeypatch=monkeypatch) == 0
