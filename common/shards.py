@@ -6,6 +6,8 @@ one does not exist for them.
 """
 
 import hashlib
+import io
+import tarfile
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
@@ -63,9 +65,13 @@ class SampleIndex(_Record):
     info: SampleInfo | None = None
 
     @property
-    def video(self) -> str:
-        """The suffix of its video, to be looked up in `members`; those of the payload `frames` have none."""
-        return next((suffix for suffix in VIDEO_SUFFIXES if suffix in self.members), VIDEO_SUFFIXES[0])
+    def pictures(self) -> list[str]:
+        """The suffixes of its video, or of its JPEGs in the order of time, to be looked up in `members`.
+
+        A JPEG beside a video is the thumbnail that someone else put there.
+        """
+        videos = [suffix for suffix in VIDEO_SUFFIXES if suffix in self.members]
+        return videos[:1] or sorted(suffix for suffix in self.members if suffix.endswith("jpg"))
 
 
 class Rejected(_Record):
@@ -182,8 +188,28 @@ def read_member(tar: BinaryIO, sample: SampleIndex, suffix: str) -> bytes:
     return data
 
 
-def read_video(tar: BinaryIO, sample: SampleIndex) -> bytes:
-    return read_member(tar, sample, sample.video)
+def read_pictures(tar: BinaryIO, sample: SampleIndex) -> list[bytes]:
+    """Its video alone, or its JPEGs in the order of time."""
+    return [read_member(tar, sample, suffix) for suffix in sample.pictures]
+
+
+def span_of(sample: SampleIndex) -> tuple[int, int]:
+    """(offset, size) of all its pictures in the tar, for `pictures_in`: one read, where there are many JPEGs."""
+    first, last = sample.members[sample.pictures[0]], sample.members[sample.pictures[-1]]
+    if first == last:
+        return first
+    start = first[0] - tarfile.BLOCKSIZE  # with the header of the first
+    return start, last[0] + last[1] - start
+
+
+def pictures_in(span: bytes) -> list[bytes]:
+    """The pictures in the bytes of a sample's span, as `read_pictures` has them."""
+    if span[257:262] != b"ustar":
+        return [span]
+    padded = span + bytes(-len(span) % tarfile.BLOCKSIZE)  # the last member's, which the span leaves out
+    with tarfile.open(fileobj=io.BytesIO(padded), mode="r:") as tar:
+        files = ((member.name, tar.extractfile(member)) for member in tar if member.name.endswith("jpg"))
+        return [file.read() for _, file in files if file]
 
 
 def read_info(tar: BinaryIO, sample: SampleIndex) -> SampleInfo:

@@ -22,11 +22,10 @@ from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, DataError, NoBucketError, NotFoundError, RunError, exit_with, told
 from common.shards import DatasetIndex, SplitIndex
-from datasets_prep import report, shard_reader
+from datasets_prep import report
 from datasets_prep.build import Built, summary
 from datasets_prep.config import IndexConfig
-from datasets_prep.shard_reader import Found
-from datasets_prep.shard_writer import Outcome
+from datasets_prep.shard_reader import Summary, index_tar, summarise
 
 log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "validation", "test")
@@ -59,13 +58,13 @@ def index(config: IndexConfig) -> Built:
     for found in done.values():
         _refuse_twice(seen, config, found)
     for found in logs.progress(_run(config, folder, plan_hash, missing), "tars", len(missing)):
-        done[found.name] = found
+        done[found.entry.name] = found
         _refuse_twice(seen, config, found)
-    outcomes = [done[name].outcome for name in sizes]
-    dataset, reasons = _dataset(config, plan_hash, outcomes), _reasons(outcomes)
-    _publish(dataset.model_dump_json(indent=1).encode(), storage.join(folder, "dataset.json"))
-    page = report.render(folder, dataset, reasons, [o.histograms for o in outcomes])
-    _publish(page.encode(), storage.join(folder, report.NAME))
+    dataset = _dataset(config, plan_hash, [done[name] for name in sizes])
+    reasons = _reasons(done.values())
+    _publish(dataset.model_dump_json(indent=1), storage.join(folder, "dataset.json"))
+    page = report.render(folder, dataset, reasons, [found.histograms for found in done.values()])
+    _publish(page, storage.join(folder, report.NAME))
     return Built(dataset, reasons)
 
 
@@ -108,13 +107,13 @@ def _tars(folder: str) -> dict[str, int]:
     return tars
 
 
-def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[str, Found], list[str]]:
+def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[str, Summary], list[str]]:
     """The tars that need no more work, and the names of those whose marker is of other options or another tar.
 
     Raises DataError if a file that is no marker of ours is in a marker's place.
     """
 
-    def read(name: str) -> Found | bool:
+    def read(name: str) -> Summary | bool:
         """False without a marker, True with a stale one."""
         try:
             marker = shards.read_marker(folder, name)
@@ -125,21 +124,20 @@ def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[
         if marker is None or not marker.plan_hash.startswith(OURS):
             path = storage.join(folder, shards.marker_name(name))
             raise DataError(f"{path} is in the place of the marker of {name} and not ours: move it, or rename the tar")
-        is_same = (marker.plan_hash, marker.bytes) == (plan_hash, sizes[name])
-        return shard_reader.found(name, marker) if is_same else True
+        return summarise(name, marker) if (marker.plan_hash, marker.bytes) == (plan_hash, sizes[name]) else True
 
     with ThreadPoolExecutor(16) as pool:
         found = dict(zip(sizes, pool.map(read, sizes), strict=True))
-    return {n: s for n, s in found.items() if isinstance(s, Found)}, [n for n, s in found.items() if s is True]
+    return {n: s for n, s in found.items() if isinstance(s, Summary)}, [n for n, s in found.items() if s is True]
 
 
-def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -> Iterator[Found]:
+def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -> Iterator[Summary]:
     """Index tars, a bounded number at once. As tasks and not threads: decord may crash on what others wrote."""
     if not missing:
         return
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
-    task = ray.remote(shard_reader.index_tar)
+    task = ray.remote(index_tar)
     limit = min(config.workers or sys.maxsize, max(1, int(ray.cluster_resources().get("CPU", 1))))
     waiting, running = iter(missing), dict[Any, str]()
     settings = config.model_dump(mode="json")
@@ -152,9 +150,9 @@ def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -
         yield _result(finished[0], running.pop(finished[0]))
 
 
-def _result(reference: Any, name: str) -> Found:
+def _result(reference: Any, name: str) -> Summary:
     try:
-        found: Found = ray.get(reference)
+        found: Summary = ray.get(reference)
     except ray.exceptions.RayError as error:
         known = told(error)
         if known is None and isinstance(error, ray.exceptions.RayTaskError):
@@ -164,9 +162,9 @@ def _result(reference: Any, name: str) -> Found:
     return found
 
 
-def _refuse_twice(seen: dict[tuple[str, str], str], config: IndexConfig, found: Found) -> None:
+def _refuse_twice(seen: dict[tuple[str, str], str], config: IndexConfig, found: Summary) -> None:
     """Note a tar's video ids, by split and id; raise DataError for one that is there already."""
-    name = found.name
+    name = found.entry.name
     split = _split_of(name, config)
     for video_id in found.video_ids:
         if (split, video_id) in seen:
@@ -183,19 +181,18 @@ def _split_of(name: str, config: IndexConfig) -> str:
     return top if slash and top in SPLITS else config.split
 
 
-def _dataset(config: IndexConfig, plan_hash: str, outcomes: list[Outcome]) -> DatasetIndex:
-    reasons = _reasons(outcomes)
-    rejected, samples = reasons.total(), sum(o.entry.samples for o in outcomes)
+def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> DatasetIndex:
+    rejected, samples = _reasons(found).total(), sum(s.entry.samples for s in found)
     if not samples or rejected > config.max_rejected_fraction * (samples + rejected):
-        most = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common(5))
+        most = "; ".join(f"{count:,} × {reason}" for reason, count in _reasons(found).most_common(5))
         raise RunError(
             f"{rejected:,} of {samples + rejected:,} samples were rejected, more than max_rejected_fraction="
             f"{config.max_rejected_fraction:g} allows ({most or 'the tars are empty'}): correct the tars, or raise it"
         )
     splits: dict[str, list[shards.ShardEntry]] = {}
-    for entry in (o.entry for o in outcomes):
-        if entry.samples:  # else every sample was rejected
-            splits.setdefault(_split_of(entry.name, config), []).append(entry)
+    for of_tar in found:
+        if of_tar.entry.samples:  # not every sample was rejected
+            splits.setdefault(_split_of(of_tar.entry.name, config), []).append(of_tar.entry)
     return DatasetIndex(
         payload="video",
         plan_hash=plan_hash,
@@ -204,13 +201,13 @@ def _dataset(config: IndexConfig, plan_hash: str, outcomes: list[Outcome]) -> Da
     )
 
 
-def _publish(content: bytes, url: str) -> None:
-    if not storage.exists(url) or storage.read(url) != content:
-        storage.publish_bytes(content, url)
+def _publish(text: str, url: str) -> None:
+    if not storage.exists(url) or storage.read(url) != text.encode():
+        storage.publish_bytes(text.encode(), url)
 
 
-def _reasons(outcomes: Iterable[Outcome]) -> Counter[str]:
-    return sum((o.reasons for o in outcomes), Counter[str]())
+def _reasons(found: Iterable[Summary]) -> Counter[str]:
+    return sum((s.reasons for s in found), Counter[str]())
 
 
 def _config(arguments: Sequence[str]) -> IndexConfig:

@@ -87,11 +87,9 @@ def _sample(tar: str, sample: SampleIndex) -> str:
         return storage.read_range(tar, *sample.members[suffix])
 
     info = sample.info or SampleInfo.model_validate_json(member("json"))
-    if sample.video in sample.members:
-        jpegs = _frames(member(sample.video))
-    else:
-        pictures = sorted(suffix for suffix in sample.members if suffix.endswith("jpg"))
-        jpegs = [member(pictures[i * len(pictures) // FRAMES]) for i in range(FRAMES)]
+    pictures = sample.pictures
+    is_video = not pictures[0].endswith("jpg")
+    jpegs = _frames(member(pictures[0])) if is_video else [member(p) for p in pictures[:: -(-len(pictures) // FRAMES)]]
     images = "".join(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(j).decode()}">' for j in jpegs)
     captions = "<br>".join(html.escape(c.text) for c in info.captions[:3])
     more = f" and {len(info.captions) - 3} more" if len(info.captions) > 3 else ""

@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,26 +16,24 @@ from typing import Any, BinaryIO, NamedTuple
 from common import shards, storage
 from common.config import validate
 from common.errors import DataError, StorageError
-from common.shards import VIDEO_SUFFIXES, Caption, Rejected, SampleIndex, SampleInfo, ShardIndex
+from common.shards import VIDEO_SUFFIXES, Caption, Histograms, Rejected, SampleIndex, SampleInfo, ShardEntry, ShardIndex
 from datasets_prep import histograms, video
 from datasets_prep.config import IndexConfig
-from datasets_prep.shard_writer import Outcome, members_of, outcome
+from datasets_prep.shard_writer import members_of, outcome
 
 Members = dict[str, tuple[int, int]]
 
 
-class Found(NamedTuple):
-    """What the driver keeps of a marker: the captions of all tars would not fit."""
+class Summary(NamedTuple):
+    """What the driver keeps of a marker: it holds the captions of no tar."""
 
-    outcome: Outcome
+    entry: ShardEntry
     video_ids: list[str]
-
-    @property
-    def name(self) -> str:
-        return self.outcome.entry.name
+    reasons: Counter[str]
+    histograms: Histograms
 
 
-def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) -> Found:
+def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) -> Summary:
     """Read the tar `name` below `folder` once and publish its marker beside it.
 
     Args:
@@ -78,11 +77,12 @@ def index_tar(folder: str, name: str, plan_hash: str, settings: dict[str, Any]) 
     )
     content = marker.model_dump_json(exclude_none=True).encode()
     storage.publish_bytes(content, storage.join(folder, shards.marker_name(name)))
-    return found(name, marker)
+    return summarise(name, marker)
 
 
-def found(name: str, marker: ShardIndex) -> Found:
-    return Found(outcome(name, marker), [s.video_id for s in marker.samples])
+def summarise(name: str, marker: ShardIndex) -> Summary:
+    entry, reasons, counts = outcome(name, marker)
+    return Summary(entry, [s.video_id for s in marker.samples], reasons, counts)
 
 
 def _sample(file: BinaryIO, name: str, key: str, members: Members, config: IndexConfig, temporary: Path) -> SampleIndex:
@@ -103,16 +103,16 @@ def _sample(file: BinaryIO, name: str, key: str, members: Members, config: Index
     temporary.write_bytes(read(suffix))
     if not temporary.stat().st_size:
         raise DataError("the video is empty")
-    made = video.check(temporary, every_frame=False)
+    found = video.check(temporary, every_frame=False)
     info = SampleInfo(
         video_id=video_id,
         source_id=source_id,
         captions=[Caption(id=f"{video_id}#{i}", text=text) for i, text in enumerate(captions)],
-        duration_s=made.duration_s,
-        fps=made.fps,
-        num_frames=made.num_frames,
-        width=made.width,
-        height=made.height,
+        duration_s=found.duration_s,
+        fps=found.fps,
+        num_frames=found.num_frames,
+        width=found.width,
+        height=found.height,
     )
     return SampleIndex(
         key=key, video_id=video_id, source_id=source_id, num_captions=len(captions), members=members, info=info
@@ -133,15 +133,15 @@ def _captions(notes: Mapping[str, Any], txt: bytes, key: str | None) -> list[str
     """A key that was asked for stands; else the .txt, which open_clip reads too, goes before the json."""
     if key is None:
         try:
-            texts = _texts(txt.decode())
+            found = _texts(txt.decode())
         except UnicodeDecodeError:
             raise DataError("its txt is not UTF-8") from None
-        texts = texts or _texts(notes.get("caption")) or _texts(notes.get("captions"))
+        found = found or _texts(notes.get("caption")) or _texts(notes.get("captions"))
     else:
-        texts = _texts(notes.get(key))
-    if not texts:
+        found = _texts(notes.get(key))
+    if not found:
         raise DataError("no caption" + (f": its json has no text at {key!r}" if key else ""))
-    return texts
+    return found
 
 
 def _texts(value: Any) -> list[str]:

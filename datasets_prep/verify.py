@@ -132,15 +132,14 @@ def _check_members(tar: Path, entry: ShardEntry, marker: ShardIndex) -> None:
 def _check_pictures(tar: BinaryIO, sample: SampleIndex) -> None:
     from PIL import Image
 
-    if sample.video in sample.members:  # what else others put beside a video is not read by us
-        video.check(io.BytesIO(shards.read_video(tar, sample)), every_frame=False)
-        return
-    for suffix in sample.members:
+    for suffix in sample.pictures:
         if suffix.endswith("jpg"):
             try:
                 Image.open(io.BytesIO(shards.read_member(tar, sample, suffix))).load()
             except OSError as error:
                 raise DataError(f"{suffix} cannot be decoded: {error}") from None
+        else:
+            video.check(io.BytesIO(shards.read_member(tar, sample, suffix)), every_frame=False)
 
 
 def _check_sums(output: str, dataset: DatasetIndex) -> None:

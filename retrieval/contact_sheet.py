@@ -6,7 +6,7 @@ from base64 import b64encode
 
 from PIL import Image
 
-from common import storage
+from common import shards, storage
 from retrieval.result import Hit, Result
 from training.data.decode import FrameSettings, decode_clip
 
@@ -41,8 +41,8 @@ footer { border-top: 1px solid var(--line); padding-top: 12px }
 
 def frames(dataset: str, shard: str, offset: int, size: int, count: int) -> list[bytes]:
     """`count` JPEGs, evenly spaced in time, of the clip at a byte range of a shard. Raises DataError, StorageError."""
-    clip = storage.read_range(storage.join(dataset, shard), offset, size)
-    frames_FCHW = decode_clip(clip, FrameSettings(segments=count, chunks=1, size=FRAME_PIXELS))
+    span = storage.read_range(storage.join(dataset, shard), offset, size)
+    frames_FCHW = decode_clip(shards.pictures_in(span), FrameSettings(segments=count, chunks=1, size=FRAME_PIXELS))
     return [_jpeg(Image.fromarray(frame)) for frame in frames_FCHW.permute(0, 2, 3, 1).numpy()]
 
 

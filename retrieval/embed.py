@@ -14,7 +14,7 @@ import ray.exceptions
 
 from common import logs, shards, storage
 from common.config import from_command_line, refuse_relative_in_job
-from common.errors import ConfigError, DataError, RunError, exit_with, told
+from common.errors import ConfigError, RunError, exit_with, told
 from common.shards import ShardEntry
 from retrieval.config import PRESETS, EmbedConfig
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
@@ -59,8 +59,6 @@ def _source(config: EmbedConfig) -> tuple[Source, list[ShardEntry]]:
     run_config, model = load_two_tower(config.run)
     url = storage.absolute(config.dataset or run_config.data.dataset)
     dataset, dataset_sha256 = shards.read_dataset(url)
-    if dataset.payload != "video":
-        raise DataError(f"{url} holds {dataset.payload}, and only the payload video can be embedded: build it again")
     source = Source(
         run=config.run,
         dataset=url,

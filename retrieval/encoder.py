@@ -81,7 +81,7 @@ class Embedder:
             _check_finite(vectors_BD, infos_B, entry.name)
             vectors_VD = np.concatenate([vectors_VD, vectors_BD])
             infos += infos_B
-        places = [sample.members[sample.video] for sample in index.samples]
+        places = [shards.span_of(sample) for sample in index.samples]
         videos = Videos(
             video_ids=[info.video_id for info in infos],
             caption_ids=[[c.id for c in info.captions] for info in infos],
@@ -107,7 +107,7 @@ class Embedder:
                     [
                         (
                             shards.read_info(tar, sample),
-                            pool.submit(decode.decode_clip, shards.read_video(tar, sample), settings),
+                            pool.submit(decode.decode_clip, shards.read_pictures(tar, sample), settings),
                         )
                         for sample in samples[start : start + size]
                     ]

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import ConfigError, DataError, NotFoundError, ProjectError, RunError, exit_with, told
+from common.errors import ConfigError, NotFoundError, ProjectError, RunError, exit_with, told
 from training import models, tracking
 from training.checkpoint import best_url, run_url
 from training.config import PATHS, PRESETS, TrainConfig
@@ -47,8 +47,6 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
     for split in (*config.data.train, config.data.val, config.data.test):
         if split is not None:
             dataset.split(split)
-    if dataset.payload != "video":
-        raise DataError(f"dataset {config.data.dataset} holds {dataset.payload}, training reads video: build it so")
     sample_order(config, dataset)
     models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
     storage.check_writable(run)

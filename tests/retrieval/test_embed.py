@@ -36,7 +36,7 @@ def test_a_row_is_the_vector_of_the_clip_at_its_bytes(run: str, dataset: Path, v
         vectors_VD, table = read_part(vectors, part, embeddings.source)
         for vector_D, row in zip(vectors_VD, table.to_pylist(), strict=True):
             clip = storage.read_range(f"{dataset}/{row['shard']}", row["offset"], row["size"])
-            frames_FCHW = decode_clip(clip, eval_frames(config, config.eval.views))
+            frames_FCHW = decode_clip([clip], eval_frames(config, config.eval.views))
             with torch.no_grad():
                 expected_BD = encode_clips(model, frames_FCHW[None], config.eval.views)
             np.testing.assert_allclose(vector_D, expected_BD[0], atol=1e-5)

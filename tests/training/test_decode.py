@@ -30,7 +30,7 @@ def brightness(frames: torch.Tensor) -> list[int]:
 
 def test_evaluation_takes_the_middle_of_each_segment(clip: bytes):
     assert frame_indices(30, 6, 1, None) == [2, 7, 12, 17, 22, 27]
-    frames = decode_clip(clip, FrameSettings(6, 1, 32))
+    frames = decode_clip([clip], FrameSettings(6, 1, 32))
     assert frames.shape == (6, 3, 32, 32) and frames.dtype == torch.uint8
     assert brightness(frames) == [2, 7, 12, 17, 22, 27]
 
@@ -38,7 +38,7 @@ def test_evaluation_takes_the_middle_of_each_segment(clip: bytes):
 def test_chunks_are_interleaved_so_that_each_spans_the_clip(clip: bytes):
     # Two chunks take the third points of each segment of ten frames.
     assert frame_indices(60, 6, 2, None) == [3, 13, 23, 33, 43, 53, 6, 16, 26, 36, 46, 56]
-    assert brightness(decode_clip(clip, FrameSettings(3, 2, 16))) == [3, 13, 23, 6, 16, 26]
+    assert brightness(decode_clip([clip], FrameSettings(3, 2, 16))) == [3, 13, 23, 6, 16, 26]
 
 
 def test_middle_frames_of_a_clip_and_its_reversal_are_the_same_set():
@@ -65,10 +65,10 @@ def test_clips_shorter_than_the_draw_repeat_frames(num_frames: int, segments: in
 
 def test_a_draw_depends_on_seed_epoch_and_video_only(clip: bytes):
     settings = FrameSettings(6, 1, 32, (0.5, 1.0), flip=True)
-    first = decode_clip(clip, settings, draws(0, 3, "a"))
-    assert torch.equal(first, decode_clip(clip, settings, draws(0, 3, "a")))
+    first = decode_clip([clip], settings, draws(0, 3, "a"))
+    assert torch.equal(first, decode_clip([clip], settings, draws(0, 3, "a")))
     for other in (draws(1, 3, "a"), draws(0, 4, "a"), draws(0, 3, "b")):
-        assert not torch.equal(first, decode_clip(clip, settings, other))
+        assert not torch.equal(first, decode_clip([clip], settings, other))
 
 
 def test_crop_takes_a_share_of_the_area_and_one_window_for_all_frames():
@@ -89,4 +89,4 @@ def test_resize_keeps_a_constant_and_stays_in_range():
 @pytest.mark.parametrize("data", [b"", b"not a video", bytes(5000)])
 def test_what_cannot_be_decoded_is_one_sentence(data: bytes):
     with pytest.raises(DataError, match="cannot decode"):
-        decode_clip(data, FrameSettings(6, 1, 32))
+        decode_clip([data], FrameSettings(6, 1, 32))

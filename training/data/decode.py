@@ -1,4 +1,4 @@
-"""Which frames of a clip are taken, and how they become a uint8 tensor. The only importer of decord.
+"""Which frames of a clip are taken, and how they become a uint8 tensor.
 
 Shapes: F frames, C channels, H height, W width.
 """
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -53,19 +55,20 @@ def frame_indices(num_frames: int, segments: int, chunks: int, random: Generator
     return np.minimum(positions.astype(np.int64), num_frames - 1).ravel().tolist()
 
 
-def decode_clip(data: bytes, settings: FrameSettings, random: Generator | None = None) -> Tensor:
-    """An mp4's sampled frames, uint8 FCHW with F = chunks * segments; `random` makes it a training draw.
+def decode_clip(pictures: list[bytes], settings: FrameSettings, random: Generator | None = None) -> Tensor:
+    """A clip's sampled frames, uint8 FCHW with F = chunks * segments; `random` makes it a training draw.
+
+    Args:
+        pictures: one video, or JPEGs that are evenly spaced in time (the payload `frames`).
 
     Raises:
         DataError: the bytes can't be decoded.
     """
-    import decord  # opens threads: imported in the process that decodes, never before a fork
-
     try:
-        reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-        indices = frame_indices(len(reader), settings.segments, settings.chunks, random)
-        unique, where = np.unique(indices, return_inverse=True)
-        frames_FHWC = reader.get_batch(unique.tolist()).asnumpy()[where]
+        if _is_jpeg(pictures[0]):
+            frames_FHWC = _decode_jpegs(pictures, settings, random)
+        else:
+            frames_FHWC = _decode_video(pictures[0], settings, random)
     except Exception as error:  # decord raises several unrelated types
         raise DataError(f"cannot decode: {str(error).strip().splitlines()[0]}") from None
     frames_FCHW = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2)
@@ -79,6 +82,26 @@ def decode_clip(data: bytes, settings: FrameSettings, random: Generator | None =
     if settings.flip and random.random() < 0.5:
         frames_FCHW = frames_FCHW.flip(-1)
     return frames_FCHW
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8")
+
+
+def _decode_video(video: bytes, settings: FrameSettings, random: Generator | None) -> NDArray[np.uint8]:
+    import decord  # opens threads: imported in the process that decodes, never before a fork
+
+    reader = decord.VideoReader(io.BytesIO(video), num_threads=1)
+    indices = frame_indices(len(reader), settings.segments, settings.chunks, random)
+    unique, where = np.unique(indices, return_inverse=True)
+    frames_FHWC: NDArray[np.uint8] = reader.get_batch(unique.tolist()).asnumpy()[where]
+    return frames_FHWC
+
+
+def _decode_jpegs(jpegs: list[bytes], settings: FrameSettings, random: Generator | None) -> NDArray[np.uint8]:
+    indices = frame_indices(len(jpegs), settings.segments, settings.chunks, random)
+    frames = {i: np.asarray(Image.open(io.BytesIO(jpegs[i])).convert("RGB")) for i in set(indices)}
+    return np.stack([frames[i] for i in indices])
 
 
 def centre_square(frames_FCHW: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class ClipDataset(Dataset[tuple[Tensor, SampleInfo, int]]):
         info = shards.read_info(tar, sample)
         random = None if self.seed is None else decode.draws(self.seed, epoch, info.video_id)
         try:
-            frames = decode.decode_clip(shards.read_video(tar, sample), self.settings, random)
+            frames = decode.decode_clip(shards.read_pictures(tar, sample), self.settings, random)
         except DataError as error:
             raise DataError(f"{self.entries[shard].name}, video {info.video_id}: {error}") from None
         turn = 0
