@@ -1,15 +1,15 @@
 """How fast data preparation is: beside video2dataset, plain ffmpeg and boto3, on more cores; and the plan's size.
 
-    python -m benchmarks.prep peer peer=PYTHON [ffmpeg=FILE] [key=value ...]
+    python -m benchmarks.prep peer peer=PYTHON [key=value ...]
     python -m benchmarks.prep scaling | upload | plan [key=value ...]
 
 peer     Rounds in alternating order on the same videos and cores: datasets_prep.build, video2dataset (PYTHON is the
          interpreter of an environment with it), and as the limit one plain ffmpeg per video with the build's settings.
          Each cuts, scales and slows every video to H.264. video2dataset encodes three times (cut, scale, rate) and has
          no options for it; peer_encoder=same puts the build's preset, crf, gop and threads into each of its ffmpeg
-         calls, peer_encoder=own leaves x264's defaults (preset medium, gop 250). All sides run the same ffmpeg. That of
-         imageio-ffmpeg 0.6 and later (ffmpeg 9) ignores the first time of `-f segment -segment_times`, by which
-         video2dataset cuts: give ffmpeg=FILE of an older one (imageio-ffmpeg 0.5.1 has 4.2.2).
+         calls, peer_encoder=own leaves x264's defaults (preset medium, gop 250). All sides run imageio-ffmpeg's ffmpeg;
+         since version 7 ffmpeg skips the first of `-segment_times`, by which video2dataset cuts, so its calls get one
+         more in front.
 scaling  The build and plain ffmpeg, one at a time against two at a time, on the same two cores.
 upload   storage.publish against boto3's upload_file of the same bytes to a local S3 server.
 plan     Time and peak memory of the plan of many clips.
@@ -46,6 +46,7 @@ from datasets_prep.plan import Clip, make_plan
 from datasets_prep.shard_writer import members_of
 
 REPOSITORY = Path(__file__).parents[1]
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 Times = dict[str, float]  # side → seconds
 
 
@@ -67,13 +68,8 @@ class PrepBenchConfig(Settings):
         "same", description="same = the build's encoder settings; own = its own"
     )
     peer_precision: Literal["exact", "low"] = Field("exact", description="how video2dataset cuts; low = at key frames")
-    ffmpeg: str | None = Field(None, description="binary for all sides; null = imageio-ffmpeg's")
     upload_mb: PositiveInt = Field(256, description="size of the uploaded file")
     plan_clips: PositiveInt = Field(10_000_000, description="clips of the plan")
-
-    @property
-    def binary(self) -> str:
-        return str(Path(self.ffmpeg).absolute()) if self.ffmpeg else imageio_ffmpeg.get_ffmpeg_exe()
 
 
 # --- the sides -------------------------------------------------------------------------------------------------------
@@ -83,7 +79,7 @@ def ours(config: PrepBenchConfig, folder: Path, cores: int, workers: int) -> Tim
     """datasets_prep.build in a process of its own on `cores` CPUs: from its first task to its end, and the whole."""
     arguments = [sys.executable, "-m", "benchmarks.prep", "_build", str(workers), f"folder={folder}"]
     arguments += [f"{k}={json.dumps(getattr(config, k))}" for k in ("clips", "seconds", "short_side", "fps")]
-    text, whole_s = _timed(arguments, cores, {"IMAGEIO_FFMPEG_EXE": config.binary})
+    text, whole_s = _timed(arguments, cores, {})
     _check(next((folder / "out").rglob("*.tar")), config)
     return {"tasks": float(text.strip().splitlines()[-1]), "whole": whole_s}
 
@@ -151,7 +147,7 @@ def plain_ffmpeg(config: PrepBenchConfig, folder: Path, cores: int, at_once: int
     out.mkdir()
 
     def convert(source: Path) -> None:
-        before = [config.binary, "-v", "error", "-nostdin", "-threads", threads, *span, "-i", str(source)]
+        before = [FFMPEG, "-v", "error", "-nostdin", "-threads", threads, *span, "-i", str(source)]
         _timed([*before, *picture, *encoder, *groups, *end, str(out / source.name)], cores, {})
 
     start = time.monotonic()
@@ -167,8 +163,14 @@ def _shim(config: PrepBenchConfig, folder: Path) -> Path:
     program.parent.mkdir(exist_ok=True)
     like: VideoConfig = BuildConfig.model_fields["video"].default
     options = f"-preset {like.preset} -crf {like.crf} -g {like.gop} -keyint_min {like.gop} -sc_threshold 0 -threads 1"
-    last = f'-threads 1 "${{@:1:$#-1}}" {options} "${{@: -1}}"' if config.peer_encoder == "same" else '"$@"'
-    program.write_text(f'#!/bin/bash\nexec "{config.binary}" {last}\n')
+    call = f'-threads 1 "${{@:1:$#-1}}" {options} "${{@: -1}}"' if config.peer_encoder == "same" else '"$@"'
+    lines = [
+        "#!/bin/bash",
+        'for ((i = 1; i < $#; i++)); do [ "${!i}" != -segment_times ] || break; done',
+        '[ "$i" = $# ] || { j=$((i + 1)); set -- "${@:1:$i}" "0.0001,${!j}" "${@:$i+2}"; }',
+        f'exec "{FFMPEG}" {call}',
+    ]
+    program.write_text("\n".join(lines) + "\n")
     program.chmod(0o755)
     return program.parent
 
@@ -205,7 +207,7 @@ def _check(tar: Path, config: PrepBenchConfig) -> None:
     if made.height != config.short_side or not (abs(made.num_frames - wanted) <= 2 or is_long):
         raise RunError(
             f"{tar.name}: {made.num_frames} frames of height {made.height}, not {wanted:g} of {config.short_side}: the "
-            "sides do not do the same work (for video2dataset see ffmpeg in --help)"
+            "sides do not do the same work"
         )
 
 
@@ -344,7 +346,7 @@ def _inputs(config: PrepBenchConfig) -> Path:
         # The same kind again begins elsewhere.
         picture = ["-f", "lavfi", "-i", kinds[i % 3], "-ss", str(i // 3), "-t", str(config.seconds)]
         encoding = ["-c:v", "libx264", "-preset", "veryfast", "-g", "250", "-pix_fmt", "yuv420p"]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *picture, *encoding]
+        command = [FFMPEG, "-v", "error", "-y", *picture, *encoding]
         subprocess.run([*command, str(folder / "videos" / file)], check=True, stdin=subprocess.DEVNULL)
     end = config.seconds - 1
     lines = [{"video": f, "caption": f"video {f}", "start": 1.0, "end": end, "split": "train"} for f in names]

@@ -155,6 +155,12 @@ def test_again_does_only_what_is_missing(
     after = files(tmp_path)
     assert contents(tmp_path) == {name: data for name, (_, data) in before.items()}
     assert {n for n in after if after[n][0] != before[n][0]} == {"00001.json", "dataset.json"}
+    # Storages list in different orders.
+    with monkeypatch.context() as patch:
+        listed = list(storage.list_files(str(tmp_path)))
+        patch.setattr(storage, "list_files", lambda url: reversed(listed))
+        index(load(tmp_path))
+    assert files(tmp_path) == after
     # A tar that is new: the markers of the others stay as they are.
     write_tar(tmp_path / "00002.tar", {"00000009_00000": video2dataset(clip, 9)})
     assert index(load(tmp_path)).dataset.split("train").samples == 13
