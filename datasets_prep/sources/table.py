@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One checked row: a video or a part of it, or a long video with many parts."""
+    """One checked row: a video or a part of it, or a long video with many parts. No parts: it has no caption."""
 
     split: str
     source_id: str
@@ -95,8 +95,12 @@ def _survey(config: TableConfig, files: VideoFiles) -> Survey:
     numbers, ids = array("q"), array("Q")
     counts = np.zeros(len(files), np.uint32)
     missing: list[str] = []
-    num_missing = 0
+    num_missing = num_silent = 0
     for row in _rows(config):
+        if not row.parts:
+            num_silent += 1
+            numbers.append(NO_FILE)
+            continue
         number = next((n for n in map(files.index, row.names) if n is not None), NO_FILE)
         numbers.append(number)
         ids.extend(_hash(part.video_id) for part in row.parts)
@@ -105,27 +109,24 @@ def _survey(config: TableConfig, files: VideoFiles) -> Survey:
         else:
             num_missing += 1
             missing += [row.names[0]] if len(missing) < 3 else []
-    if not numbers:
+    num_rows = len(numbers) - num_silent
+    if not num_rows:
         raise DataError(f"{config.train} holds no row with a caption: nothing to build")
-    warn_missing(num_missing, len(numbers), missing, config.videos)
+    if num_silent:
+        log.warning("%d rows have no caption: left out", num_silent)
+    warn_missing(num_missing, num_rows, missing, config.videos)
     values, occurrences = np.unique(np.frombuffer(ids, np.uint64), return_counts=True)
     return Survey(numbers, counts, frozenset(values[occurrences > 1].tolist()))
 
 
 def _rows(config: TableConfig) -> Iterator[Row]:
-    """Rows of all tables, test first; those without a caption are left out, with a line in the log."""
+    """Rows of all tables, test first."""
     for split, url in (("test", config.test), ("val", config.val), ("train", config.train)):
-        silent = 0
         for where, values in _table(url, config.columns) if url else ():
             row = _row(where, values, split, config.columns)
-            if not row.parts:
-                silent += 1
-                continue
             if config.val is None:
                 row = row._replace(split=sys.intern(carve(split, row.source_id, config.carve_val)))
             yield row
-        if silent:
-            log.warning("%s: %d rows have no caption: left out", url, silent)
 
 
 def _row(where: str, values: dict[str, Any], split: str, columns: TableColumns) -> Row:
