@@ -47,10 +47,11 @@ class VideoFiles:
                 chunk = []
         if not sizes:
             raise DataError(f"source.videos={folder} is no folder with videos in it: correct the path")
-        chunks.append(pa.array(chunk, pa.large_binary()))
+        paths = pa.concat_arrays([*chunks, pa.array(chunk, pa.large_binary())])
+        del chunks  # there are never three copies of all names
         path_hashes = np.frombuffer(by_path, np.uint32)
         order = np.argsort(path_hashes, kind="stable")
-        self._paths = pa.chunked_array(chunks).take(order).combine_chunks()
+        self._paths = paths.take(order)
         self._sizes = np.frombuffer(sizes, np.int64)[order]
         self._path_hashes = path_hashes[order]
         stems = np.frombuffer(by_stem, np.uint32)[order]
@@ -88,17 +89,12 @@ class VideoFiles:
         index = self._exact(name)
         if index is not None:
             return index
-        fitting: dict[int, str] = {}
-        for candidate in self._of_stem(name):
-            path = self[candidate][0]
-            if f"/{path}".endswith(f"/{name}"):
-                fitting[candidate] = path
+        paths = {candidate: self[candidate][0] for candidate in self._of_stem(name)}
+        fitting = {i: path for i, path in paths.items() if f"/{path}".endswith(f"/{name}")}
         if not fitting:
-            for candidate in self._of_stem(name):
-                path = self[candidate][0]
-                stem = _stem(path)
-                if stem != path and f"/{stem}".endswith((f"/{name}", f"/{_stem(name)}")):
-                    fitting[candidate] = path
+            ends = (f"/{name}", f"/{_stem(name)}")
+            stems = {i: _stem(path) for i, path in paths.items()}
+            fitting = {i: path for i, path in paths.items() if stems[i] != path and f"/{stems[i]}".endswith(ends)}
         return self._choose(name, fitting)
 
     def _choose(self, name: str, fitting: dict[int, str]) -> int | None:
@@ -143,4 +139,4 @@ def _hash(text: str) -> int:
 def _run(hashes: NDArray[np.uint32], text: str) -> tuple[int, int]:
     """Where the hash of `text` begins and ends in sorted hashes."""
     key = np.uint32(_hash(text))  # of the array's type: searchsorted would convert the whole array for a Python int
-    return int(np.searchsorted(hashes, key, "left")), int(np.searchsorted(hashes, key, "right"))
+    return int(hashes.searchsorted(key, "left")), int(hashes.searchsorted(key, "right"))
