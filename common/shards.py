@@ -66,9 +66,12 @@ class SampleIndex(_Record):
 
     @property
     def pictures(self) -> list[str]:
-        """The suffixes of its video, or of its JPEGs in the order of time, to be looked up in `members`."""
-        frames = sorted(suffix for suffix in self.members if suffix.endswith("jpg"))
-        return frames or [next(suffix for suffix in VIDEO_SUFFIXES if suffix in self.members)]
+        """The suffixes of its video, or of its JPEGs in the order of time, to be looked up in `members`.
+
+        A JPEG beside a video is the thumbnail that someone else put there.
+        """
+        videos = [suffix for suffix in VIDEO_SUFFIXES if suffix in self.members]
+        return videos[:1] or sorted(suffix for suffix in self.members if suffix.endswith("jpg"))
 
 
 class Rejected(_Record):

@@ -84,6 +84,9 @@ def _refuse_a_build(folder: str) -> None:
             f"{folder} is the output of datasets_prep.build and needs no other index: read it as it is, "
             "or finish it by datasets_prep.build"
         )
+    page = storage.join(folder, report.NAME)
+    if storage.exists(page) and report.TITLE.encode() not in storage.read(page):
+        raise DataError(f"{page} is in the place of our report and not ours: move it away")
 
 
 def _plan_hash(config: IndexConfig) -> str:

@@ -11,6 +11,7 @@ from common.shards import DatasetIndex, Histograms, SampleIndex, SampleInfo
 from datasets_prep import histograms
 
 NAME = "report.html"
+TITLE = "<title>Dataset report</title>"
 SAMPLES = 24
 FRAMES = 4
 TITLES = {
@@ -48,7 +49,7 @@ def render(output: str, dataset: DatasetIndex, reasons: Mapping[str, int], parts
         f"<tr><td>{html.escape(reason)}<td>{count:,}" for reason, count in Counter(reasons).most_common()
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Dataset report</title>
+<html lang="en"><head><meta charset="utf-8">{TITLE}
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>
 <h1>Dataset report</h1>
 <table><tr><th>split<th>shards<th>videos<th>captions<th>MB{"".join(rows)}</table>

@@ -45,7 +45,7 @@ def video2dataset(clip: bytes, row: int, number: int = 0) -> Sample:
     """What video2dataset writes for the clip `number` of a row with `videoid`, its keys and nulls included."""
     notes = {"url": "http://x/a.mp4", "videoid": f"v{row}", "caption": f"clip {row} {number}", "error_message": None}
     notes |= {"clips": [[0.0, 2.0]], "key": f"{row:08d}_{number:05d}", "status": "success", "yt_meta_dict": None}
-    return {"mp4": clip, "txt": f"clip {row} {number}", "json": notes}
+    return {"mp4": clip, "txt": f"clip {row} {number}", "json": notes, "m4a": b"sound", "jpg": b"a thumbnail"}
 
 
 def tars_of_video2dataset(folder: Path, clip: bytes) -> None:
@@ -106,7 +106,7 @@ def test_video2dataset_is_indexed_verified_and_trained_on(tmp_path: Path, clip: 
     assert numbers == (20, 10.0, 2.0, 96, 64)
     assert [(c.id, c.text) for c in first.info.captions] == [("00000003_00000#0", "clip 3 0")]
     with open(folder / "00001.tar", "rb") as tar:
-        assert shards.read_pictures(tar, first)[0] == clip
+        assert shards.read_pictures(tar, first) == [clip]
     assert b"null" not in (folder / "00000.json").read_bytes()
     assert verify(str(folder)) == 12
     trained, evaluated = read_by_training(str(folder), tmp_path / "cache", "train")
@@ -155,13 +155,17 @@ def test_again_does_only_what_is_missing(
     after = files(tmp_path)
     assert contents(tmp_path) == {name: data for name, (_, data) in before.items()}
     assert {n for n in after if after[n][0] != before[n][0]} == {"00001.json", "dataset.json"}
+    # Storages list in different orders.
+    with monkeypatch.context() as patch:
+        listed = list(storage.list_files(str(tmp_path)))
+        patch.setattr(storage, "list_files", lambda url: reversed(listed))
+        index(load(tmp_path))
+    assert files(tmp_path) == after
     # A tar that is new: the markers of the others stay as they are.
     write_tar(tmp_path / "00002.tar", {"00000009_00000": video2dataset(clip, 9)})
     assert index(load(tmp_path)).dataset.split("train").samples == 13
-    summaries = {"dataset.json", "report.html"}
-    assert {n: f for n, f in files(tmp_path).items() if n in before and n not in summaries} == {
-        n: f for n, f in after.items() if n not in summaries
-    }
+    now = files(tmp_path)
+    assert {n for n in after if now[n] != after[n]} == {"dataset.json", "report.html"}
     # A tar that was replaced by a longer one is read again.
     write_tar(tmp_path / "00002.tar", {f"0000000{i}_00000": video2dataset(clip, i) for i in (8, 9)})
     assert index(load(tmp_path)).dataset.split("train").samples == 14
@@ -337,6 +341,8 @@ def spoil(folder: Path, how: str) -> list[str]:
         (folder / "00001.json").write_text('{"count": 3}')
     elif how == "dataset.json":
         (folder / "dataset.json").write_text('{"name": "theirs"}')
+    elif how == "report.html":
+        (folder / "report.html").write_text("<html>theirs")
     elif how == "dataset.tar":
         tar.rename(folder / "dataset.tar")
     elif how == "no tars":
@@ -352,6 +358,7 @@ def spoil(folder: Path, how: str) -> list[str]:
         ("twice", "00001.tar is no whole tar (it holds a.txt twice): move it away"),
         ("foreign", "00001.json is in the place of the marker of 00001.tar and not ours: move it"),
         ("dataset.json", "holds a dataset.json that is not ours: move it away"),
+        ("report.html", "report.html is in the place of our report and not ours: move it away"),
         ("dataset.tar", "dataset.tar: rename it"),
         ("no tars", "there is no .tar in"),
         ("key", "unknown key 'videoids', did you mean 'video_ids'?"),
