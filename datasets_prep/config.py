@@ -6,6 +6,15 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
+from datasets_prep.benchmarks import (
+    ActivityNetConfig,
+    DidemoConfig,
+    LsmdcConfig,
+    MsrvttConfig,
+    MsvdConfig,
+    TableConfig,
+    VatexConfig,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -44,7 +53,18 @@ class MovingShapesConfig(Settings):
     seed: NonNegativeInt = Field(0, description="seed of captions, positions, sizes and backgrounds")
 
 
-SourceConfig = Annotated[CustomConfig | MovingShapesConfig, Field(discriminator="name")]
+SourceConfig = Annotated[
+    CustomConfig
+    | MovingShapesConfig
+    | MsrvttConfig
+    | MsvdConfig
+    | LsmdcConfig
+    | DidemoConfig
+    | ActivityNetConfig
+    | VatexConfig
+    | TableConfig,
+    Field(discriminator="name"),
+]
 
 
 class ShardConfig(Settings):

@@ -21,6 +21,7 @@ from common import storage
 from common.errors import DataError
 from datasets_prep.config import CustomConfig
 from datasets_prep.plan import Clip
+from datasets_prep.sources.files import VideoFiles
 
 log = logging.getLogger(__name__)
 COLUMNS = {"video", "caption", "captions", "split", "group", "start", "end"}
@@ -49,9 +50,10 @@ def read(config: CustomConfig) -> list[Clip]:
         merged[line.key] = _merge(merged[line.key], line) if line.key in merged else line
     if not merged:
         raise DataError(f"{config.annotations} holds no annotations: write one line per caption or per video")
-    sizes = _sizes(config.videos)
+    files = VideoFiles(config.videos)
     cuts = Counter(line.key[0] for line in merged.values())
-    clips = [_clip(line, config, sizes.get(line.key[0]), cuts[line.key[0]]) for line in merged.values()]
+    # Exactly as named: these are your own names, and two folders may well hold different files of one name.
+    clips = [_clip(line, config, files.exact(line.key[0]), cuts[line.key[0]]) for line in merged.values()]
     empty = {"train", "val", "test"} - {c.split for c in clips}
     if empty:
         log.warning("%s: no video is in %s: training must be told", config.annotations, ", ".join(sorted(empty)))
@@ -66,15 +68,20 @@ def deal(group: str, val_fraction: float, test_fraction: float) -> str:
     return "val" if draw < test_fraction + val_fraction else "train"
 
 
-def _clip(line: Line, config: CustomConfig, size: int | None, cuts: int) -> Clip:
+def span_id(video: str, start: float | None, end: float | None) -> str:
+    """The id of a span of a video, "VIDEO:START-END"; of the whole one, just VIDEO."""
+    if start is None and end is None:
+        return video
+    return f"{video}:{_seconds(start or 0.0)}-{'' if end is None else _seconds(end)}"
+
+
+def _clip(line: Line, config: CustomConfig, file: tuple[str, int] | None, cuts: int) -> Clip:
     video, start, end = line.key
-    video_id = video
-    if start is not None or end is not None:
-        video_id = f"{video}:{_seconds(start or 0.0)}-{'' if end is None else _seconds(end)}"
     group = line.group or video
     split = line.split or deal(group, config.val_fraction, config.test_fraction)
-    share = None if size is None else size // cuts
-    return Clip(sys.intern(split), video_id, group, tuple(line.captions), video, start, end, share)
+    share = None if file is None else file[1] // cuts
+    captions = tuple(line.captions)
+    return Clip(sys.intern(split), span_id(video, start, end), group, captions, video, start, end, share)
 
 
 def _merge(first: Line, second: Line) -> Line:
@@ -84,15 +91,6 @@ def _merge(first: Line, second: Line) -> Line:
             raise DataError(f"{second.where}: {name} {getattr(second, name)!r} contradicts {first.where}")
     captions = first.captions + [c for c in second.captions if c not in first.captions]
     return Line(first.where, first.key, captions, first.split or second.split, first.group or second.group)
-
-
-def _sizes(videos: str) -> dict[str, int]:
-    """Bytes of every file below the folder, by its relative name."""
-    root = storage.absolute(videos).rstrip("/") + "/"
-    sizes = {entry.url.removeprefix(root): entry.size for entry in storage.list_files(videos)}
-    if not sizes:
-        raise DataError(f"source.videos={videos} is no folder with videos in it: correct the path")
-    return sizes
 
 
 def _lines(annotations: str) -> Iterator[Line]:

@@ -1,0 +1,113 @@
+"""Annotated videos and a folder of files → clips."""
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from common.errors import DataError
+from datasets_prep.plan import Clip
+from datasets_prep.sources.annotations import clean, some
+from datasets_prep.sources.custom import deal
+from datasets_prep.sources.files import VideoFiles
+
+log = logging.getLogger(__name__)
+
+
+class Span(NamedTuple):
+    """A file that may hold a video, and from where to where, in seconds."""
+
+    name: str
+    start: float | None = None
+    end: float | None = None
+
+
+class Annotated(NamedTuple):
+    """A video as an annotation file tells of it; the first of `spans` whose file is there holds it."""
+
+    split: str
+    video_id: str
+    source_id: str
+    captions: list[str]
+    spans: tuple[Span, ...]
+
+
+def locate(annotated: Iterable[Annotated], videos: str) -> list[Clip]:
+    """Clips with their files, captions cleaned; one without a caption is left out with a line in the log.
+
+    Raises:
+        DataError: no video, one that occurs twice (in a split or in two), or none whose file is below `videos`.
+        StorageError: the folder can't be listed.
+    """
+    kept = list(_with_captions(annotated))
+    if not kept:
+        raise DataError("the annotations hold no video with a caption: give the files as they were published")
+    _check_once(kept)
+    files = VideoFiles(videos)
+    found = [_first(files, video.spans) for video in kept]
+    cuts = Counter(file[0] for _, file in found if file)
+    missing = [video.spans[0].name for video, (_, file) in zip(kept, found, strict=True) if file is None]
+    warn_missing(len(missing), len(kept), missing[:1], videos)
+    clips = []
+    for video, (span, file) in zip(kept, found, strict=True):
+        path, size = (span.name, None) if file is None else (file[0], file[1] // cuts[file[0]])
+        split = sys.intern(video.split)
+        captions = tuple(video.captions)
+        clips.append(Clip(split, video.video_id, video.source_id, captions, path, span.start, span.end, size))
+    counts = Counter(clip.split for clip in clips)
+    log.info("videos: %s", ", ".join(f"{split} {count:,}" for split, count in counts.items()))
+    return clips
+
+
+def carve(split: str, source_id: str, share: float) -> str:
+    """`split`, but "val" for this share of train's sources: by the hash of `source_id`, and by nothing else."""
+    return "val" if split == "train" and deal(source_id, share, 0.0) == "val" else split
+
+
+def warn_missing(missing: int, total: int, example: Iterable[str], videos: str) -> None:
+    """Say how many files are not there. Raises DataError if none is."""
+    names = f"for example {some(example)}"
+    if missing == total:
+        raise DataError(
+            f"none of the {total:,} annotated videos has a file below source.videos={videos} ({names}): correct it, "
+            "or download the videos first, as this does not"
+        )
+    if missing:
+        log.warning(
+            "%d of %d videos have no file below %s (%s): nothing is downloaded, the build will reject them",
+            *(missing, total, videos, names),
+        )
+
+
+def _with_captions(annotated: Iterable[Annotated]) -> Iterator[Annotated]:
+    silent = []
+    for video in annotated:
+        captions = [c for c in map(clean, video.captions) if c]
+        if captions:
+            yield video._replace(captions=captions)
+        else:
+            silent.append(video.video_id)
+    if silent:
+        log.warning("%d videos have no caption (%s): left out", len(silent), some(silent))
+
+
+def _check_once(kept: list[Annotated]) -> None:
+    splits: dict[str, str] = {}
+    for video in kept:
+        other = splits.setdefault(video.video_id, video.split)
+        if other != video.split:
+            raise DataError(
+                f"video {video.video_id!r} is in {other} and in {video.split}: remove it from the annotations of one"
+            )
+    if len(splits) < len(kept):
+        [(twice, _)] = Counter(video.video_id for video in kept).most_common(1)
+        raise DataError(f"video {twice!r} is annotated twice in {splits[twice]}: remove one of the two")
+
+
+def _first(files: VideoFiles, spans: tuple[Span, ...]) -> tuple[Span, tuple[str, int] | None]:
+    for span in spans:
+        file = files.find(span.name)
+        if file is not None:
+            return span, file
+    return spans[0], None

@@ -1,0 +1,171 @@
+"""Whatever is killed during a build, the same bytes are there in the end and only unfinished shards are built again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import processes
+from cluster.local import RayCluster, S3Server, start_ray, start_s3
+from common import storage
+from datasets_prep.verify import verify
+from tests.conftest import RAY_FOLDER, REPOSITORY
+from tests.datasets_prep.conftest import ffmpeg, picture
+
+pytestmark = pytest.mark.slow
+SHARDS = 14
+
+
+@pytest.fixture(scope="module")
+def s3_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that tests may kill; AWS_* point to it."""
+    server = start_s3(tmp_path_factory.mktemp("s3"), ["faults"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.env.items():
+            patch.setenv(name, value)
+        yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def nodes(s3_alone: S3Server) -> Iterator[RayCluster]:
+    cluster = start_ray(RAY_FOLDER / "three", num_nodes=3, cpus_per_node=1, env=s3_alone.env)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """28 clips in 14 shards, some ten seconds of work, and one clip that is rejected."""
+    folder = tmp_path_factory.mktemp("long")
+    ffmpeg(*picture("640x360", 30, 3), "-pix_fmt", "yuv420p", str(folder / "0.mp4"))
+    (folder / "1.mp4").touch()
+    for i in range(2, 2 * SHARDS):
+        os.link(folder / "0.mp4", folder / f"{i}.mp4")
+    lines = ["video,caption,split", *(f"{i}.mp4,a clip,train" for i in range(2 * SHARDS))]
+    (folder / "annotations.csv").write_text("\n".join(lines))
+    source = [f"source.annotations={folder}/annotations.csv", f"source.videos={folder}"]
+    return ["custom", *source, "shards.max_samples=2", "video.short_side=180", "video.preset=medium"]
+
+
+def start(nodes: RayCluster, arguments: list[str], output: str, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "datasets_prep.build", *arguments, f"output={output}"]
+    with open(log, "ab") as file:
+        return subprocess.Popen(command, env={**os.environ, **nodes.env}, cwd=REPOSITORY, stdout=file, stderr=file)
+
+
+def finish(driver: subprocess.Popen[bytes], log: Path) -> str:
+    assert driver.wait(400) == 0, log.read_text()
+    return log.read_text()
+
+
+def objects(output: str) -> dict[str, bytes]:
+    return {e.url.removeprefix(output + "/"): storage.read(e.url) for e in storage.list_files(output)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: RayCluster, arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    log = tmp_path_factory.mktemp("undisturbed") / "log"
+    finish(start(nodes, arguments, "s3://faults/undisturbed", log), log)
+    assert verify("s3://faults/undisturbed") == 2 * SHARDS - 1
+    return objects("s3://faults/undisturbed")
+
+
+def wait_for_markers(output: str, count: int) -> dict[str, bytes]:
+    def markers() -> list[str]:
+        return [e.url for e in storage.list_files(output) if "/shard-" in e.url and e.url.endswith(".json")]
+
+    _wait_until(lambda: len(markers()) >= count)
+    return objects(output)
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _commands(mark: str) -> dict[int, bytes]:
+    found = {}
+    for pid in processes.alive(mark):
+        try:
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+    return found
+
+
+def _kill(mark: str, *words: str) -> list[list[str]]:
+    """SIGKILL the processes with all these words in their command; the commands."""
+    matching = {pid: c for pid, c in _commands(mark).items() if all(word.encode() in c for word in words)}
+    assert matching, words
+    for pid in matching:
+        os.kill(pid, signal.SIGKILL)
+    return [[os.fsdecode(part) for part in command.split(b"\0")[:-1]] for command in matching.values()]
+
+
+def test_a_killed_worker(
+    nodes: RayCluster, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = "s3://faults/worker"
+    driver = start(nodes, arguments, output, tmp_path / "log")
+    wait_for_markers(output, 3)
+    _kill(nodes.mark, "ray::write_shard")
+    assert "again in 5 s" in finish(driver, tmp_path / "log")
+    assert objects(output) == undisturbed
+
+
+def test_a_killed_driver(
+    nodes: RayCluster, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = "s3://faults/driver"
+    driver = start(nodes, arguments, output, tmp_path / "log")
+    before = wait_for_markers(output, 3)
+    driver.kill()
+    driver.wait()
+    assert "dataset.json" not in before
+    there = {e.url for e in storage.list_files(output)}
+    log = finish(start(nodes, arguments, output, tmp_path / "log"), tmp_path / "log")
+    assert f"of {SHARDS} shards are there already" in log
+    assert objects(output) == undisturbed and len(there) < len(undisturbed)
+
+
+def test_two_drivers_at_once(
+    nodes: RayCluster, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = "s3://faults/two"
+    drivers = [start(nodes, arguments, output, tmp_path / name) for name in ("a", "b")]
+    for driver, name in zip(drivers, ("a", "b"), strict=True):
+        finish(driver, tmp_path / name)
+    assert objects(output) == undisturbed
+
+
+def test_storage_that_is_down(
+    nodes: RayCluster, s3_alone: S3Server, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = "s3://faults/storage"
+    driver = start(nodes, arguments, output, tmp_path / "log")
+    wait_for_markers(output, 3)
+    ((_, *argv),) = _kill(s3_alone.mark, "weed", "mini")
+    time.sleep(45)
+    assert driver.poll() is None, (tmp_path / "log").read_text()
+    weed = processes.path().partition(":")[0] + "/weed"
+    folder = Path(next(a for a in argv if a.startswith("-dir=")).removeprefix("-dir=")).parent
+    processes.start([weed, *argv], dict(os.environ), s3_alone.mark, folder / "s3.log")
+    assert "again in" in finish(driver, tmp_path / "log")
+    assert objects(output) == undisturbed
+
+
+def test_a_killed_node(nodes: RayCluster, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    output = "s3://faults/node"
+    driver = start(nodes, arguments, output, tmp_path / "log")
+    wait_for_markers(output, 3)
+    _kill(nodes.mark, "raylet/raylet", f"{nodes.temp}/2/")
+    assert "again in" in finish(driver, tmp_path / "log")
+    assert objects(output) == undisturbed
