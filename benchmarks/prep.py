@@ -55,7 +55,7 @@ class PrepBenchConfig(Settings):
 
     folder: str = Field("data/bench-prep", description="local folder of test videos, results and temporary files")
     rounds: PositiveInt = Field(7, description="paired rounds")
-    minutes: PositiveFloat = Field(8.0, description="no round begins that would end later; run again to go on")
+    minutes: PositiveFloat = Field(7.0, description="no round begins that would end later; run again to go on")
     clips: PositiveInt = Field(8, description="test videos")
     seconds: PositiveFloat = Field(10.0, ge=3, description="length of each; all but the first and last second is kept")
     size: str = Field("1280x720", description="of the test videos, which are wide")
