@@ -501,9 +501,10 @@ def test_webvid(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> N
     assert "997 of 1002 videos have no file below" in caplog.text
     assert caplog.text.count("1 rows have no caption: left out") == 1  # of two readings
     assert "2 clips repeat the id of another: left out" in caplog.text
-    carved = read(table("webvid", f"train={train}", f"videos={videos}"))
+    carved = read(table("webvid", f"train={train}", f"test={val}", f"videos={videos}"))
     assert 20 < counts(carved)["val"] < 90
-    assert all((c.split == "val") == in_val(c.source_id) for c in carved)
+    assert all((c.split == "val") == in_val(c.source_id) for c in carved if c.split != "test")
+    assert counts(carved)["test"] == 1
     with pytest.raises(DataError, match=r"none of the .* has a file below .* or download the videos first"):
         read(table("webvid", f"train={train}", f"videos={put('../other/x.mp4') + '/../other'}"))
 
