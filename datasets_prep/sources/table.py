@@ -5,6 +5,7 @@ or less, then to give the clips out.
 """
 
 import ast
+import codecs
 import contextlib
 import csv
 import hashlib
@@ -13,7 +14,7 @@ import logging
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import pyarrow.parquet
 
 from common import storage
 from common.errors import DataError
+from common.logs import RateLimited
 from datasets_prep.benchmarks import TableColumns, TableConfig
 from datasets_prep.plan import Clip
 from datasets_prep.sources.annotations import CP1252, clean
@@ -206,10 +208,10 @@ def _table(url: str, columns: TableColumns) -> Iterator[tuple[str, dict[str, Any
 
 def _csv(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(MAX_VALUE)
-    with open(path, encoding="utf-8-sig", errors=CP1252, newline="") as file:
+    with open(path, "rb") as file:
         header = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter="\t" if "\t" in header else ",")
+        file.seek(len(codecs.BOM_UTF8) if header.startswith(codecs.BOM_UTF8) else 0)
+        reader = csv.reader(_decoded(url, file), delimiter="\t" if b"\t" in header else ",")
         try:
             names = next(reader, [])
             _check_columns(url, wanted, names)
@@ -223,6 +225,17 @@ def _csv(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[st
                     )
         except csv.Error as error:
             raise DataError(f"{url}, line {reader.line_num}: not valid CSV ({error}): correct it") from None
+
+
+def _decoded(url: str, lines: Iterable[bytes]) -> Iterator[str]:
+    odd = RateLimited(log)
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            odd.warning(f"{url}, line {number} is not UTF-8: read such bytes as cp1252")
+            text = line.decode(errors=CP1252)
+        yield text
 
 
 def _parquet(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

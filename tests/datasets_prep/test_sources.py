@@ -563,9 +563,10 @@ def test_a_parquet_table_is_the_csv_table(write: Write, put: Write, tmp_path: Pa
 
 
 def test_a_table_on_s3_and_one_that_is_not_utf_8(s3: str, put: Write, caplog: pytest.LogCaptureFixture) -> None:
-    storage.publish_bytes(WEBVID.encode() + b"1,u,P,d,caf\xe9 \xc3\xa9\n", f"{s3}/t.csv")
+    storage.publish_bytes(f"\ufeff{WEBVID}".encode() + b'1,u,P,d,"caf\xe9\n \xc3\xa9"\r\n', f"{s3}/t.csv")
     [clip] = read(table("webvid", f"train={s3}/t.csv", f"videos={put('1.mp4')}"))
     assert clip.captions == ("café é",)
+    assert f"{s3}/t.csv, line 2 is not UTF-8: read such bytes as cp1252" in caplog.text
 
 
 def test_odd_bytes_are_cp1252_with_a_word_in_the_log(write: Write, put: Write, caplog: Any) -> None:
