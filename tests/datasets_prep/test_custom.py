@@ -81,7 +81,7 @@ def test_a_video_is_the_file_named_and_no_other(annotate: Annotate, tmp_path: Pa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"video": "a.mp4", "caption": "line 2: not valid JSON"),
+        ('{"video": "a.mp4", "caption":', "line 2: not valid JSON"),
         ("[1]", "line 2: expected an object"),
         ({"caption": "x"}, "line 2: no 'video'"),
         ({"video": "a.mp4"}, "line 2: no 'caption' or 'captions'"),
