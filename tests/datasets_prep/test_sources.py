@@ -505,6 +505,8 @@ def test_webvid(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> N
     assert 20 < counts(carved)["val"] < 90
     assert all((c.split == "val") == in_val(c.source_id) for c in carved if c.split != "test")
     assert counts(carved)["test"] == 1
+    most = read(table("webvid", f"train={train}", f"test={val}", f"videos={videos}", "carve_val=0.999"))
+    assert counts(most)["test"] == 1  # only train is carved
     with pytest.raises(DataError, match=r"none of the .* has a file below .* or download the videos first"):
         read(table("webvid", f"train={train}", f"videos={put('../other/x.mp4') + '/../other'}"))
 
