@@ -501,9 +501,12 @@ def test_webvid(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> N
     assert "997 of 1002 videos have no file below" in caplog.text
     assert caplog.text.count("1 rows have no caption: left out") == 1  # of two readings
     assert "2 clips repeat the id of another: left out" in caplog.text
-    carved = read(table("webvid", f"train={train}", f"videos={videos}"))
+    carved = read(table("webvid", f"train={train}", f"test={val}", f"videos={videos}"))
     assert 20 < counts(carved)["val"] < 90
-    assert all((c.split == "val") == in_val(c.source_id) for c in carved)
+    assert all((c.split == "val") == in_val(c.source_id) for c in carved if c.split != "test")
+    assert counts(carved)["test"] == 1
+    most = read(table("webvid", f"train={train}", f"test={val}", f"videos={videos}", "carve_val=0.999"))
+    assert counts(most)["test"] == 1  # only train is carved
     with pytest.raises(DataError, match=r"none of the .* has a file below .* or download the videos first"):
         read(table("webvid", f"train={train}", f"videos={put('../other/x.mp4') + '/../other'}"))
 
@@ -562,9 +565,10 @@ def test_a_parquet_table_is_the_csv_table(write: Write, put: Write, tmp_path: Pa
 
 
 def test_a_table_on_s3_and_one_that_is_not_utf_8(s3: str, put: Write, caplog: pytest.LogCaptureFixture) -> None:
-    storage.publish_bytes(WEBVID.encode() + b"1,u,P,d,caf\xe9 \xc3\xa9\n", f"{s3}/t.csv")
+    storage.publish_bytes(f"\ufeff{WEBVID}".encode() + b'1,u,P,d,"caf\xe9\n \xc3\xa9"\r\n', f"{s3}/t.csv")
     [clip] = read(table("webvid", f"train={s3}/t.csv", f"videos={put('1.mp4')}"))
     assert clip.captions == ("café é",)
+    assert f"{s3}/t.csv, line 2 is not UTF-8: read such bytes as cp1252" in caplog.text
 
 
 def test_odd_bytes_are_cp1252_with_a_word_in_the_log(write: Write, put: Write, caplog: Any) -> None:
