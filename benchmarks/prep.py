@@ -8,8 +8,8 @@ peer     Rounds in alternating order on the same videos and cores: datasets_prep
          Each cuts, scales and slows every video to H.264. video2dataset encodes three times (cut, scale, rate) and has
          no options for it; peer_encoder=same puts the build's preset, crf, gop and threads into each of its ffmpeg
          calls, peer_encoder=own leaves x264's defaults (preset medium, gop 250). All sides run imageio-ffmpeg's ffmpeg;
-         since version 7 ffmpeg skips the first of `-segment_times`, by which video2dataset cuts, so its calls get one
-         more in front.
+         since version 7 it no longer cuts at a key frame that lies exactly at one of `-segment_times`, as video2dataset
+         needs, so its calls get `-segment_time_delta 0.02`, which ffmpeg's manual advises.
 scaling  The build and plain ffmpeg, one at a time against two at a time, on the same two cores.
 upload   storage.publish against boto3's upload_file of the same bytes to a local S3 server.
 plan     Time and peak memory of the plan of many clips.
@@ -163,12 +163,12 @@ def _shim(config: PrepBenchConfig, folder: Path) -> Path:
     program.parent.mkdir(exist_ok=True)
     like: VideoConfig = BuildConfig.model_fields["video"].default
     options = f"-preset {like.preset} -crf {like.crf} -g {like.gop} -keyint_min {like.gop} -sc_threshold 0 -threads 1"
-    call = f'-threads 1 "${{@:1:$#-1}}" {options} "${{@: -1}}"' if config.peer_encoder == "same" else '"$@"'
+    before, after = ("-threads 1", options) if config.peer_encoder == "same" else ("", "")
     lines = [
         "#!/bin/bash",
-        'for ((i = 1; i < $#; i++)); do [ "${!i}" != -segment_times ] || break; done',
-        '[ "$i" = $# ] || { j=$((i + 1)); set -- "${@:1:$i}" "0.0001,${!j}" "${@:$i+2}"; }',
-        f'exec "{FFMPEG}" {call}',
+        f'[ $# -gt 4 ] || exec "{FFMPEG}" "$@"  # asked for its version',
+        'case " $* " in *" -segment_times "*) cut="-segment_time_delta 0.02" ;; esac',
+        f'exec "{FFMPEG}" {before} "${{@:1:$#-1}}" $cut {after} "${{@: -1}}"',
     ]
     program.write_text("\n".join(lines) + "\n")
     program.chmod(0o755)
