@@ -22,7 +22,7 @@ from datasets_prep.plan import Clip
 from datasets_prep.sources.annotations import clean
 from datasets_prep.sources.custom import span_id
 from datasets_prep.sources.files import VideoFiles
-from datasets_prep.sources.locate import carve, warn_missing
+from datasets_prep.sources.locate import carve
 from datasets_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def read(config: TableConfig) -> Iterator[Clip]:
     A repeated id is taken once: from test before val before train, so what is tested on is not trained on.
 
     Raises:
-        DataError: a column is missing, a value is of another form (with its line), or no row has a file.
+        DataError: a column is missing, a value is of another form (with its line), or no row has a caption.
         StorageError: a table or the folder can't be read.
     """
     files = VideoFiles(config.videos)
@@ -86,8 +86,7 @@ def read(config: TableConfig) -> Iterator[Clip]:
 def _survey(config: TableConfig, files: VideoFiles) -> Survey:
     numbers, ids = array("q"), array("Q")
     counts = np.zeros(len(files), np.uint32)
-    missing: list[str] = []
-    num_missing = num_silent = 0
+    num_silent = 0
     for row in _rows(config):
         if not row.parts:
             num_silent += 1
@@ -98,15 +97,10 @@ def _survey(config: TableConfig, files: VideoFiles) -> Survey:
         ids.extend(_hash(part.video_id) for part in row.parts)
         if number != NO_FILE:
             counts[number] += len(row.parts)
-        else:
-            num_missing += 1
-            missing += [row.names[0]] if len(missing) < 3 else []
-    num_rows = len(numbers) - num_silent
-    if not num_rows:
+    if num_silent == len(numbers):
         raise DataError(f"{config.train} holds no row with a caption: nothing to build")
     if num_silent:
         log.warning("%d rows have no caption: left out", num_silent)
-    warn_missing(num_missing, num_rows, missing, config.videos)
     values, occurrences = np.unique(np.frombuffer(ids, np.uint64), return_counts=True)
     return Survey(numbers, counts, frozenset(values[occurrences > 1].tolist()))
 
