@@ -1,4 +1,4 @@
-"""Every benchmark's source but MSR-VTT's: on the real annotation files where the folder `shared` has them, else on their form."""
+"""Every benchmark's source but MSR-VTT's: on the real annotation files where `shared` has them, else on their form."""
 
 import os
 import pickle
