@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,9 +133,27 @@ def list_files(url: str) -> Iterator[Entry]:
                     yield Entry(f"s3://{bucket}/{item['Key']}", item["Size"])
         return
     root = _path(url)
-    for path in sorted(root.rglob("*")) if root.is_dir() else []:
-        if path.is_file() and not path.name.startswith(".tmp-"):
-            yield Entry(str(path), path.stat().st_size)
+    if root.is_dir():
+        yield from _walk(str(root))
+
+
+def _walk(folder: str) -> Iterator[Entry]:
+    """In S3's order, by the whole path; only the names of one folder and of those above it are in memory."""
+    with os.scandir(folder) as entries:
+        names = sorted(
+            entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "")
+            for entry in entries
+            if not entry.name.startswith(".tmp-")
+        )
+    for name in names:
+        path = f"{folder}/{name}"
+        if name.endswith("/"):
+            yield from _walk(path[:-1])
+        else:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a link to nowhere
+                status = os.stat(path)  # noqa: PTH116 (ten million times)
+                if stat.S_ISREG(status.st_mode):
+                    yield Entry(path, status.st_size)
 
 
 def exists(url: str) -> bool:

@@ -148,7 +148,7 @@ def _check_missing(config: BuildConfig, plan: Plan, missing: Missing) -> None:
     if missing.count > config.max_missing_fraction * plan.num_clips:
         raise RunError(
             f"{what}, more than max_missing_fraction={config.max_missing_fraction:g} allows: "
-            "correct source.videos, or raise it"
+            "correct source.videos, download them first (this does not), or raise it"
         )
     log.warning("%s; they are rejected, and the shards' markers name each", what)
 

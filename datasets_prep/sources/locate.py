@@ -37,7 +37,7 @@ def locate(annotated: Iterable[Annotated], videos: str) -> list[Clip]:
     """Clips with their files, captions cleaned; one without a caption is left out with a line in the log.
 
     Raises:
-        DataError: no video, one that occurs twice (in a split or in two), or none whose file is below `videos`.
+        DataError: no video, or one that occurs twice (in a split or in two).
         StorageError: the folder can't be listed.
     """
     kept = list(_with_captions(annotated))
@@ -47,8 +47,6 @@ def locate(annotated: Iterable[Annotated], videos: str) -> list[Clip]:
     files = VideoFiles(videos)
     found = [_first(files, video.spans) for video in kept]
     cuts = Counter(file[0] for _, file in found if file)
-    missing = [video.spans[0].name for video, (_, file) in zip(kept, found, strict=True) if file is None]
-    warn_missing(len(missing), len(kept), missing[:1], videos)
     clips = []
     for video, (span, file) in zip(kept, found, strict=True):
         path, size = (span.name, None) if file is None else (file[0], file[1] // cuts[file[0]])
@@ -63,21 +61,6 @@ def locate(annotated: Iterable[Annotated], videos: str) -> list[Clip]:
 def carve(split: str, source_id: str, share: float) -> str:
     """`split`, but "val" for this share of train's sources: by the hash of `source_id`, and by nothing else."""
     return "val" if split == "train" and deal(source_id, share, 0.0) == "val" else split
-
-
-def warn_missing(missing: int, total: int, example: Iterable[str], videos: str) -> None:
-    """Say how many files are not there. Raises DataError if none is."""
-    names = f"for example {some(example)}"
-    if missing == total:
-        raise DataError(
-            f"none of the {total:,} annotated videos has a file below source.videos={videos} ({names}): correct it, "
-            "or download the videos first, as this does not"
-        )
-    if missing:
-        log.warning(
-            "%d of %d videos have no file below %s (%s): nothing is downloaded, the build will reject them",
-            *(missing, total, videos, names),
-        )
 
 
 def _with_captions(annotated: Iterable[Annotated]) -> Iterator[Annotated]:

@@ -6,34 +6,26 @@ or less, then to give the clips out.
 
 import ast
 import contextlib
-import csv
 import hashlib
 import json
 import logging
 import sys
-import tempfile
 from array import array
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
-from common import storage
 from common.errors import DataError
 from datasets_prep.benchmarks import TableColumns, TableConfig
 from datasets_prep.plan import Clip
-from datasets_prep.sources.annotations import CP1252, clean
+from datasets_prep.sources.annotations import clean
 from datasets_prep.sources.custom import span_id
 from datasets_prep.sources.files import VideoFiles
-from datasets_prep.sources.locate import carve, warn_missing
+from datasets_prep.sources.locate import carve
+from datasets_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
-BATCH = 4096
-# A row of Panda-70M has all clips of a long video; the csv module's own limit for one value is 128 kB.
-MAX_VALUE = 1 << 27
 NO_FILE = -1
 
 
@@ -70,7 +62,7 @@ def read(config: TableConfig) -> Iterator[Clip]:
     A repeated id is taken once: from test before val before train, so what is tested on is not trained on.
 
     Raises:
-        DataError: a column is missing, a value is of another form (with its line), or no row has a file.
+        DataError: a column is missing, a value is of another form (with its line), or no row has a caption.
         StorageError: a table or the folder can't be read.
     """
     files = VideoFiles(config.videos)
@@ -94,8 +86,7 @@ def read(config: TableConfig) -> Iterator[Clip]:
 def _survey(config: TableConfig, files: VideoFiles) -> Survey:
     numbers, ids = array("q"), array("Q")
     counts = np.zeros(len(files), np.uint32)
-    missing: list[str] = []
-    num_missing = num_silent = 0
+    num_silent = 0
     for row in _rows(config):
         if not row.parts:
             num_silent += 1
@@ -106,23 +97,19 @@ def _survey(config: TableConfig, files: VideoFiles) -> Survey:
         ids.extend(_hash(part.video_id) for part in row.parts)
         if number != NO_FILE:
             counts[number] += len(row.parts)
-        else:
-            num_missing += 1
-            missing += [row.names[0]] if len(missing) < 3 else []
-    num_rows = len(numbers) - num_silent
-    if not num_rows:
+    if num_silent == len(numbers):
         raise DataError(f"{config.train} holds no row with a caption: nothing to build")
     if num_silent:
         log.warning("%d rows have no caption: left out", num_silent)
-    warn_missing(num_missing, num_rows, missing, config.videos)
     values, occurrences = np.unique(np.frombuffer(ids, np.uint64), return_counts=True)
     return Survey(numbers, counts, frozenset(values[occurrences > 1].tolist()))
 
 
 def _rows(config: TableConfig) -> Iterator[Row]:
     """Rows of all tables, test first."""
+    wanted = [name for name in config.columns.model_dump().values() if name is not None]
     for split, url in (("test", config.test), ("val", config.val), ("train", config.train)):
-        for where, values in _table(url, config.columns) if url else ():
+        for where, values in read_rows(url, wanted) if url else ():
             row = _row(where, values, split, config.columns)
             if config.val is None:
                 row = row._replace(split=sys.intern(carve(split, row.source_id, config.carve_val)))
@@ -195,70 +182,6 @@ def _seconds(where: str, value: Any) -> float | None:
     if not 0 <= seconds < float("inf"):
         raise DataError(f"{where}: {text!r} is no time in seconds or as H:MM:SS.mmm: correct it")
     return seconds
-
-
-def _table(url: str, columns: TableColumns) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of one table as the columns asked for, and what an error calls each."""
-    wanted = [name for name in columns.model_dump().values() if name is not None]
-    with _local(url) as path:
-        yield from _parquet(url, path, wanted) if url.endswith(".parquet") else _csv(url, path, wanted)
-
-
-def _csv(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(MAX_VALUE)
-    with open(path, encoding="utf-8-sig", errors=CP1252, newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter="\t" if "\t" in header else ",")
-        try:
-            names = next(reader, [])
-            _check_columns(url, wanted, names)
-            places = [(name, names.index(name)) for name in wanted]
-            for row in reader:
-                if len(row) == len(names):
-                    yield f"{url}, line {reader.line_num}", {name: row[place] for name, place in places}
-                elif row:
-                    raise DataError(
-                        f"{url}, line {reader.line_num}: {len(row)} values for {len(names)} columns: correct it"
-                    )
-        except csv.Error as error:
-            raise DataError(f"{url}, line {reader.line_num}: not valid CSV ({error}): correct it") from None
-
-
-def _parquet(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(url, wanted, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(BATCH, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{url}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{url} is not a parquet file ({str(error).splitlines()[0]}): give a table") from None
-
-
-def _check_columns(url: str, wanted: list[str], names: list[str]) -> None:
-    for name in wanted:
-        if name not in names:
-            raise DataError(
-                f"{url} has no column {name!r}, only {', '.join(names) or 'none'}: give source.columns.* their names, "
-                "and null to one that is not there"
-            )
-
-
-@contextlib.contextmanager
-def _local(url: str) -> Iterator[Path]:
-    """A path of the table: parquet is not read in order, and a connection does not last for hours."""
-    if not storage.is_s3(url):
-        with storage.open_stream(url):  # for its errors
-            pass
-        yield Path(url.removeprefix("file://")).expanduser()
-        return
-    with tempfile.TemporaryDirectory(prefix="table-") as folder:
-        path = Path(folder) / "table"
-        storage.download(url, path)
-        yield path
 
 
 def _hash(text: str) -> int:

@@ -1,17 +1,23 @@
-"""Builds as tests start them, and what lies in a dataset's folder."""
+"""Sources and builds as tests start them, and what lies in a dataset's folder."""
 
+import hashlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common import config as configs
 from common.errors import exit_with
 from datasets_prep.build import Built, build
-from datasets_prep.config import PRESETS, BuildConfig
+from datasets_prep.config import PRESETS, BuildConfig, ShardConfig
+from datasets_prep.plan import Clip, make_plan
+from datasets_prep.sources import SOURCES
 
 Annotate = Callable[..., str]
+Write = Callable[..., str]
 Files = dict[str, tuple[int, bytes]]
 
 
@@ -45,3 +51,30 @@ def run(module: object, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int
         exit_with(module.main)  # type: ignore[attr-defined]
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+def read(config: Any) -> list[Clip]:
+    """The clips, as a build takes them: they make a plan."""
+    clips = list(SOURCES[config.name](config))
+    make_plan(clips, ShardConfig(), 0, {})
+    return clips
+
+
+def by_id(config: Any) -> dict[str, Clip]:
+    return {clip.video_id: clip for clip in read(config)}
+
+
+def counts(clips: list[Clip]) -> dict[str, int]:
+    return dict(Counter(clip.split for clip in clips))
+
+
+def captions(clips: list[Clip]) -> dict[str, int]:
+    total = Counter[str]()
+    for clip in clips:
+        total[clip.split] += len(clip.captions)
+    return dict(total)
+
+
+def in_val(source_id: str, share: float = 0.05) -> bool:
+    """The rule as docs/datasets.md has it."""
+    return int.from_bytes(hashlib.sha256(source_id.encode()).digest()[:8], "big") < share * 2**64

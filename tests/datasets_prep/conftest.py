@@ -4,12 +4,13 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import pytest
 
 from cluster.local import RayCluster
-from tests.datasets_prep.builds import build_shapes, files
+from tests.datasets_prep.builds import Write, build_shapes, files
 
 
 def ffmpeg(*arguments: str) -> None:
@@ -73,3 +74,29 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / name).write_bytes(data)
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a text, bytes or JSON value; the file's path."""
+
+    def to(name: str, content: Any) -> str:
+        path = tmp_path / name
+        data = content if isinstance(content, str | bytes) else json.dumps(content)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return str(path)
+
+    return to
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[..., str]:
+    """Lay empty-looking videos of 100 bytes; their folder."""
+
+    def lay(*names: str) -> str:
+        for name in names:
+            (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "videos" / name).write_bytes(b"x" * 100)
+        return str(tmp_path / "videos")
+
+    return lay

@@ -1,6 +1,7 @@
 """Builds as a user starts them, on a real Ray: shards, resume, bad input."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from datasets_prep.build import build, summary
 from datasets_prep.verify import verify
 from tests import entry
 from tests.datasets_prep.builds import Annotate, build_custom, build_shapes, contents, files, load, run
+from tests.datasets_prep.conftest import ffmpeg, picture
 
 
 def test_indexes_lead_to_every_member(dataset: Path) -> None:
@@ -123,6 +125,60 @@ def test_bad_clips_are_rejected_counted_and_shown(
     assert "rejected: 5 (2 × not a video: moov atom not found; 1 ×" in text
     assert "train            1           1           1" in text
     assert verify(str(output)) == 1
+
+
+def test_hostile_names_and_files_take_nothing_down(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    small = (videos / "small.mp4").read_bytes()
+    (tmp_path / "secret.mp4").write_bytes(small)
+    (folder / "two\nlines.mp4").write_bytes(small)
+    (folder / os.fsdecode(b"latin\xe9.mp4")).write_bytes(small)
+    huge = picture("4096x2304", 1, 1)  # a small file with large pictures
+    ffmpeg(*huge, "-pix_fmt", "yuv420p", str(folder / "huge.mp4"))
+    ffmpeg("-f", "lavfi", "-i", "color=size=64x64:rate=1:duration=14400", str(folder / "four_hours.mp4"))
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile ../secret.mp4\n")  # reads another file
+    names = ["../secret.mp4", "two\nlines.mp4", "latin\udce9.mp4", "huge.mp4", "four_hours.mp4", "list.mp4"]
+    lines = [{"video": name, "caption": "x", "split": "train"} for name in names]
+    few = ["max_rejected_fraction=0.9", "max_missing_fraction=0.5", "video.max_pixels=2000000"]
+    built = build_custom(tmp_path / "out", annotate(*lines), folder, *few)
+    marker = shards.read_marker(str(tmp_path / "out"), "train/shard-000000.tar")
+    assert [s.video_id for s in marker.samples] == ["two\nlines.mp4"]
+    reasons = {r.video_id: r.reason for r in marker.rejected}
+    assert reasons.pop("list.mp4").startswith(("not a video", "cannot be converted"))
+    assert reasons == {
+        "../secret.mp4": "there is no such file in source.videos",
+        "latin\\udce9.mp4": "there is no such file in source.videos",
+        "huge.mp4": "more than video.max_pixels=2000000 in a frame",
+        "four_hours.mp4": "longer than video.max_duration_s=1800",
+    }
+    assert built.dataset.rejected == 5 and verify(str(tmp_path / "out")) == 1
+
+
+def test_a_decoder_that_hangs_fails_its_shard_after_all_attempts(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time on the wall says nothing about a clip, so it is not rejected; the same command goes on later."""
+    monkeypatch.setattr(build_module, "FIRST_WAIT_S", 0.01)
+    with pytest.raises(
+        RunError, match=r"train/shard-000000.tar could not be built in 5 attempts .*small.mp4: ffmpeg did"
+    ):
+        build_custom(tmp_path / "out", annotate(GOOD), videos, "video.timeout_s=0.001")
+    assert not (tmp_path / "out/dataset.json").exists()
+    assert build_custom(tmp_path / "out", annotate(GOOD), videos).dataset.rejected == 0
+
+
+def test_missing_videos_are_counted_and_refused_before_any_work(
+    annotate: Annotate, videos: Path, tmp_path: Path
+) -> None:
+    lines = [GOOD, {**GOOD, "video": "nowhere.mp4"}]
+    with pytest.raises(
+        RunError, match=r"1 of 2 clips have no file in .*\(nowhere.mp4\), more than max_missing_fraction"
+    ):
+        build_custom(tmp_path / "out", annotate(*lines), videos)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.*"))
 
 
 @pytest.mark.parametrize("overrides", [[], ["max_rejected_fraction=1"]])

@@ -71,6 +71,13 @@ def test_a_missing_video_is_a_clip_without_size(annotate: Annotate, videos: Path
     assert [c.size for c in read(path, videos).values()] == [None, None]
 
 
+def test_a_video_is_the_file_named_and_no_other(annotate: Annotate, tmp_path: Path) -> None:
+    (tmp_path / "videos" / "cat").mkdir(parents=True)
+    (tmp_path / "videos" / "cat" / "1.mp4").write_bytes(b"xyz")
+    lines = [{"video": name, "caption": "x"} for name in ("cat/1.mp4", "1.mp4", "dog/1.mp4", "cat/1.avi", "cat/1")]
+    assert [c.size for c in read(annotate(*lines), tmp_path / "videos").values()] == [3, None, None, None, None]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

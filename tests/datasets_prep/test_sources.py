@@ -1,223 +1,26 @@
-"""Every benchmark's source: on the real annotation files where the folder `shared` has them, else on their form."""
+"""Every benchmark's source but MSR-VTT's: on the real annotation files where `shared` has them, else on their form."""
 
-import csv
-import hashlib
-import io
-import json
 import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from common import config as configs
-from common import storage
-from common.errors import ConfigError, DataError, NotFoundError, StorageError
+from common.errors import DataError, NotFoundError, StorageError
 from datasets_prep.benchmarks import (
     ActivityNetConfig,
     DidemoConfig,
     LsmdcConfig,
-    MsrvttConfig,
     MsvdConfig,
-    TableConfig,
     VatexConfig,
 )
-from datasets_prep.config import PRESETS, BuildConfig, ShardConfig, SourceConfig
-from datasets_prep.plan import Clip, make_plan
+from datasets_prep.config import PRESETS, BuildConfig, SourceConfig
 from datasets_prep.sources import SOURCES, lsmdc
-
-Write = Callable[..., str]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write a text, bytes or JSON value; the file's path."""
-
-    def to(name: str, content: Any) -> str:
-        path = tmp_path / name
-        data = content if isinstance(content, str | bytes) else json.dumps(content)
-        path.write_bytes(data if isinstance(data, bytes) else data.encode())
-        return str(path)
-
-    return to
-
-
-@pytest.fixture
-def put(tmp_path: Path) -> Callable[..., str]:
-    """Lay empty-looking videos of 100 bytes; their folder."""
-
-    def lay(*names: str) -> str:
-        for name in names:
-            (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "videos" / name).write_bytes(b"x" * 100)
-        return str(tmp_path / "videos")
-
-    return lay
-
-
-def read(config: Any) -> list[Clip]:
-    """The clips, as a build takes them: they make a plan."""
-    clips = list(SOURCES[config.name](config))
-    make_plan(clips, ShardConfig(), 0, {})
-    return clips
-
-
-def by_id(config: Any) -> dict[str, Clip]:
-    return {clip.video_id: clip for clip in read(config)}
-
-
-def counts(clips: list[Clip]) -> dict[str, int]:
-    return dict(Counter(clip.split for clip in clips))
-
-
-def captions(clips: list[Clip]) -> dict[str, int]:
-    total = Counter[str]()
-    for clip in clips:
-        total[clip.split] += len(clip.captions)
-    return dict(total)
-
-
-def in_val(source_id: str, share: float = 0.05) -> bool:
-    """The rule as docs/datasets.md has it."""
-    return int.from_bytes(hashlib.sha256(source_id.encode()).digest()[:8], "big") < share * 2**64
-
-
-# MSR-VTT
-
-
-def msrvtt_json(ids: list[str], per_video: int = 20, urls: dict[str, str] | None = None) -> dict[str, Any]:
-    """MSRVTT_data.json in its exact form."""
-    official = {i: "train" if n < 6513 else "validate" if n < 7010 else "test" for n, i in enumerate(ids)}
-    return {
-        "info": {"contributor": "Microsoft MSM group"},
-        "videos": [
-            {
-                "category": 9,
-                "url": (urls or {}).get(i, f"https://www.youtube.com/watch?v={i}"),
-                "video_id": i,
-                "start time": 137.72,
-                "end time": 149.44,
-                "split": official[i],
-                "id": n,
-            }
-            for n, i in enumerate(ids)
-        ],
-        "sentences": [
-            {"caption": f"caption {k} of  {i} ", "video_id": i, "sen_id": n * per_video + k}
-            for k in range(per_video)
-            for n, i in enumerate(ids)
-        ],
-    }
-
-
-ALL = [f"video{i}" for i in range(10_000)]
-
-
-@pytest.mark.parametrize(("protocol", "trained"), [("9k", 9000), ("7k", 7010)])
-def test_msrvtt_1k_a(protocol: Any, trained: int, shared: Path, write: Write, put: Write) -> None:
-    folder = shared / "annotations" / "MSRVTT"
-    config = MsrvttConfig(
-        protocol=protocol,
-        captions=write("MSRVTT_data.json", msrvtt_json(ALL)),
-        train_ids=str(folder / f"MSRVTT_train.{protocol}.csv"),
-        test_pairs=str(folder / "MSRVTT_JSFUSION_test.csv"),
-        videos=put("video0.mp4", "test/video9770.avi"),
-    )
-    clips = read(config)
-    found = counts(clips)
-    assert found["train"] + found["val"] == trained
-    assert found["test"] == 1000
-    assert 0.04 < found["val"] / trained < 0.06
-    assert {len(c.captions) for c in clips if c.split != "test"} == {20}
-    assert sum(captions(clips).values()) == 20 * trained + 1000
-    named = {c.video_id: c for c in clips}
-    assert named["video0"].captions[3] == "caption 3 of video0"
-    assert named["video0"][4:] == ("video0.mp4", None, None, 100)
-    assert named["video9770"].captions == ("a person is connecting something to system",)
-    assert named["video9770"].video == "test/video9770.avi"
-    assert (named["video1"].video, named["video1"].size) == ("video1", None)
-    assert all((c.split == "val") == in_val(c.source_id) for c in clips if c.split != "test")
-    whole = counts(read(config.model_copy(update={"carve_val": 0.0})))
-    assert whole == {"train": trained, "test": 1000}
-
-
-def small_msrvtt(write: Write, put: Write, **changes: Any) -> MsrvttConfig:
-    values = {
-        "protocol": "9k",
-        "captions": write("data.json", msrvtt_json(ALL[:60], 2)),
-        "train_ids": write("train.csv", "video_id\n" + "".join(f"video{i}\n" for i in range(50))),
-        "test_pairs": write(
-            "test.csv",
-            "key,vid_key,video_id,sentence\n" + "".join(f"ret{i},msr{i},video{i},s\n" for i in range(50, 60)),
-        ),
-        "videos": put("video0.mp4"),
-        **changes,
-    }
-    return MsrvttConfig(**values)
-
-
-def test_msrvtt_full(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> None:
-    config = MsrvttConfig(protocol="full", captions=write("a.json", msrvtt_json(ALL, 2)), videos=put("video0.mp4"))
-    assert counts(read(config)) == {"train": 6513, "val": 497, "test": 2990}
-    assert "to train on" not in caplog.text
-    whole = msrvtt_json(ALL, 2)
-    parts = []
-    for splits in ({"train", "validate"}, {"test"}):
-        videos = [v for v in whole["videos"] if v["split"] in splits]
-        ids = {v["video_id"] for v in videos}
-        parts.append({"videos": videos, "sentences": [s for s in whole["sentences"] if s["video_id"] in ids]})
-    first, second = (write(f"{i}.json", part) for i, part in enumerate(parts))
-    assert read(config.model_copy(update={"captions": first, "test_captions": second})) == read(config)
-    read(config.model_copy(update={"captions": first}))
-    assert "MSR-VTT full has 7010 videos to train on and 2990 to test on; these files have 7010 and 0" in caplog.text
-
-
-def test_clips_of_one_web_video_are_carved_together(write: Write, put: Write) -> None:
-    urls = {f"video{i}": f" https://youtube.com/watch?v={i // 5} " for i in range(60)}
-    config = small_msrvtt(write, put, captions=write("a.json", msrvtt_json(ALL[:60], 1, urls)), carve_val=0.5)
-    splits: dict[str, set[str]] = {}
-    for clip in read(config):
-        splits.setdefault(clip.source_id, set()).add(clip.split)
-    assert set(map(frozenset, splits.values())) == {frozenset({s}) for s in ("train", "val", "test")}
-    assert "https://youtube.com/watch?v=3" in splits
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"captions": "[1]"}, "is not MSR-VTT's JSON: expected"),
-        ({"captions": '{"sentences": [{"caption": "x"}]}'}, "is not MSR-VTT's JSON"),
-        ({"captions": '{"sentences": ['}, "is not JSON"),
-        ({"train_ids": "video_id\n"}, "lists no video: expected one id a line"),
-        ({"train_ids": "video_id\nvideo0\nvideo9999\n"}, r"1 videos of .* have no caption in .* \(video9999\): give"),
-        ({"train_ids": "video_id\nvideo0\nvideo50\n"}, "'video50' is in (train|val) and in test: remove it"),
-        ({"test_pairs": "key,video_id\na,b\n"}, "has no column 'sentence', only key, video_id: is it the right file"),
-        ({"test_pairs": "video_id,sentence\nvideo50\n"}, "line 2: 1 values for 2 columns"),
-    ],
-)
-def test_msrvtt_mistakes(write: Write, put: Write, change: dict[str, str], message: str) -> None:
-    changes = {key: write(f"wrong{'.json' if key == 'captions' else '.csv'}", text) for key, text in change.items()}
-    with pytest.raises(DataError, match=message) as caught:
-        read(small_msrvtt(write, put, **changes))
-    assert "\n" not in str(caught.value)
-
-
-def test_msrvtt_needs_the_files_of_its_protocol() -> None:
-    for values, message in (
-        (["protocol=9k", "train_ids=a"], "source.protocol=9k needs source.train_ids and source.test_pairs: MSRVTT_tr"),
-        (["protocol=full", "train_ids=a"], "leave out source.train_ids"),
-        (["protocol=8k"], "source.protocol"),
-    ):
-        overrides = [f"source.{v}" for v in ("name=msrvtt", "captions=a", "videos=b", *values)]
-        with pytest.raises(ConfigError, match=re.escape(message)):
-            configs.load(BuildConfig, "msrvtt_9k", ["output=o", *overrides], PRESETS)
-
+from tests.datasets_prep.builds import Write, by_id, captions, counts, in_val, read
 
 # MSVD
 
@@ -326,8 +129,6 @@ def test_lsmdc_carves_whole_movies(write: Write, put: Write) -> None:
     config = LsmdcConfig(
         train=write("a.csv", "".join(rows)), test=write("b.csv", lsmdc_line(1)), videos=put("a"), carve_val=0.3
     )
-    with pytest.raises(DataError, match=r"none of the 1,2.* annotated videos has a file"):
-        read(config)
     clips = read(config.model_copy(update={"videos": put(f"{CLIP.format(1)}.avi")}))
     assert all((c.split == "val") == in_val(c.source_id, 0.3) for c in clips if c.split != "test")
     assert 0 < counts(clips)["val"] < 700
@@ -476,95 +277,7 @@ def test_vatex(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> No
             read(config.model_copy(update={"train": write("x.json", content)}))
 
 
-# Tables: WebVid, Panda-70M and others
-
-WEBVID = "videoid,contentUrl,duration,page_dir,name\n"
-
-
-def table(preset: str, *overrides: str) -> TableConfig:
-    config = configs.load(BuildConfig, preset, ["output=o", *(f"source.{o}" for o in overrides)], PRESETS).source
-    assert isinstance(config, TableConfig)
-    return config
-
-
-def test_webvid(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [f'{i},https://host/{i}/preview.mp4,PT00H00M10S,0000_0001,"Man, {i}  walks"\n' for i in range(1000)]
-    train = write("train.csv", WEBVID + "".join(rows) + "1000,https://h,P,d,\n7,https://h,P,d,again\n")
-    val = write("val.csv", WEBVID + "5,https://host/5,P,d,also in val\n")
-    videos = put("0000_0001/7.mp4", "0000_0001/8.mp4", "5.webm")
-    clips = read(table("webvid", f"train={train}", f"val={val}", f"videos={videos}"))
-    assert counts(clips) == {"train": 999, "val": 1}
-    named = {c.video_id: c for c in clips}
-    assert named["7"] == Clip("train", "7", "7", ("Man, 7 walks",), "0000_0001/7.mp4", None, None, 50)
-    assert named["5"].split == "val"  # as what is selected on must not be trained on
-    assert named["9"][4:] == ("https://host/9/preview.mp4", None, None, None)  # only named, for the report
-    assert "997 of 1002 videos have no file below" in caplog.text
-    assert caplog.text.count("1 rows have no caption: left out") == 1  # of two readings
-    assert "2 clips repeat the id of another: left out" in caplog.text
-    carved = read(table("webvid", f"train={train}", f"videos={videos}"))
-    assert 20 < counts(carved)["val"] < 90
-    assert all((c.split == "val") == in_val(c.source_id) for c in carved)
-    with pytest.raises(DataError, match=r"none of the .* has a file below .* or download the videos first"):
-        read(table("webvid", f"train={train}", f"videos={put('../other/x.mp4') + '/../other'}"))
-
-
-PANDA = "videoID,url,timestamp,caption,matching_score,desirable_filtering,shot_boundary_detection\n"
-
-
-def panda_row(video_id: str, spans: list[Any], sentences: list[Any]) -> str:
-    """A row as Panda-70M's authors wrote it: lists as Python prints them."""
-    text = io.StringIO()
-    scores = [0.5] * len(spans)
-    values = [video_id, f"https://www.youtube.com/watch?v={video_id}", spans, sentences, scores, scores, scores]
-    csv.writer(text).writerow(map(str, values))
-    return text.getvalue()
-
-
-def test_panda70m(write: Write, put: Write) -> None:
-    spans = [["0:00:30.113", "0:00:38.538"], ["0:01:02.000", "1:00:00"]]
-    long = [[f"0:00:{i % 50}", "1:00:00"] for i in range(50)]
-    files = {
-        "train": write(
-            "train.csv",
-            PANDA + panda_row("-aZ", spans, ['It\'s a "dog".', "A cat."]) + panda_row("long", long, ["x" * 5000] * 50),
-        ),
-        "val": write("val.csv", PANDA + panda_row("v", spans[:1], ["v"])),
-        "test": write("test.csv", PANDA + panda_row("t", spans, ["t", None])),
-    }
-    clips = by_id(table("panda70m", *(f"{k}={v}" for k, v in files.items()), f"videos={put('x/-aZ.mp4', 'long.mkv')}"))
-    assert counts(list(clips.values())) == {"test": 1, "val": 1, "train": 52}
-    first, second = clips["-aZ:30.113-38.538"], clips["-aZ:62-3600"]
-    assert first == Clip("train", first.video_id, "-aZ", ('It\'s a "dog".',), "x/-aZ.mp4", 30.113, 38.538, 50)
-    assert (second.captions, second.source_id) == (("A cat.",), "-aZ")
-    assert clips["long:7-3600"].size == 2  # 100 bytes among 50 clips, in a row longer than csv's own limit
-    assert clips["t:30.113-38.538"][4:] == ("https://www.youtube.com/watch?v=t", 30.113, 38.538, None)
-
-
-COLUMNS = '{"id": "id", "path": "file", "url": null, "start": "start", "end": "end", "caption": "text"}'
-
-
-def test_a_parquet_table_is_the_csv_table(write: Write, put: Write, tmp_path: Path) -> None:
-    rows = [
-        {"id": i, "file": f"d/{i // 3}.mp4", "start": 2.5 * i, "end": 2.5 * i + 2, "text": f"c {i}"} for i in range(30)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=7)
-    lines = ["\t".join(map(str, row.values())) for row in rows]
-    tabs = write("t.csv", "\n".join(["\t".join(rows[0]), *lines]))
-    videos = put(*(f"d/{i}.mp4" for i in range(9)))
-    clips = read(table("webvid", f"train={tmp_path / 't.parquet'}", f"videos={videos}", f"columns={COLUMNS}"))
-    assert clips == read(table("webvid", f"train={tabs}", f"videos={videos}", f"columns={COLUMNS}"))
-    assert clips[4]._replace(split="") == Clip("", "4:10-12", "d/1.mp4", ("c 4",), "d/1.mp4", 10.0, 12.0, 33)
-    assert {c.size for c in clips[-3:]} == {None}
-    lists = [{"videoID": "a", "url": "u", "timestamp": [["0:01", "0:02"], ["0:02", "0:03"]], "caption": ["x", "y"]}]
-    pq.write_table(pa.Table.from_pylist(lists), tmp_path / "l.parquet")
-    nested = read(table("panda70m", f"train={tmp_path / 'l.parquet'}", f"videos={put('a.mp4')}"))
-    assert [c.video_id for c in nested] == ["a:1-2", "a:2-3"]
-
-
-def test_a_table_on_s3_and_one_that_is_not_utf_8(s3: str, put: Write, caplog: pytest.LogCaptureFixture) -> None:
-    storage.publish_bytes(WEBVID.encode() + b"1,u,P,d,caf\xe9 \xc3\xa9\n", f"{s3}/t.csv")
-    [clip] = read(table("webvid", f"train={s3}/t.csv", f"videos={put('1.mp4')}"))
-    assert clip.captions == ("café é",)
+# All
 
 
 def test_odd_bytes_are_cp1252_with_a_word_in_the_log(write: Write, put: Write, caplog: Any) -> None:
@@ -572,54 +285,6 @@ def test_odd_bytes_are_cp1252_with_a_word_in_the_log(write: Write, put: Write, c
     clips = by_id(msvd(write, put, odd))
     assert clips["a_1_2"].captions == ("it\u2019s café", "café", "\ufffd")
     assert "a.json is not UTF-8 at byte 14: read such bytes as cp1252" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("\n", "holds no row with a caption"),
-        ("1,u,[],x\n", r"train.csv, line 2: column 'caption' holds 'x', not a list"),
-        ("1,u,soon,['x']\n", r"line 2: column 'timestamp' holds 'soon', not a list"),
-        (",u,[],[]\n", "line 2: no id in column 'videoID'"),
-        ("1,u,\"[['0:01', '0:02']]\",[]\n", "line 2: 0 captions for 1 spans"),
-        ("1,u,[['0:01']],['x']\n", r"line 2: .* is not a pair \[start, end\]"),
-        ("1,u,\"[['0:02', '0:01']]\",['x']\n", "line 2: end 1 is not after start 2"),
-        ("1,u,\"[['0:01', 'late']]\",['x']\n", "line 2: 'late' is no time"),
-        ("1,u,\"[['0:01', '-1']]\",['x']\n", "line 2: '-1' is no time"),
-        ("1,u,[]\n", "line 2: 3 values for 4 columns"),
-        ("1,u," + "[" * 5000 + ",x\n", "not a list"),
-    ],
-)
-def test_table_mistakes(row: str, message: str, write: Write, put: Write) -> None:
-    train = write("train.csv", "videoID,url,timestamp,caption\n" + row)
-    with pytest.raises(DataError, match=message):
-        read(table("panda70m", f"train={train}", f"videos={put('1.mp4')}"))
-
-
-def test_tables_of_another_form(write: Write, put: Write) -> None:
-    videos = f"videos={put('1.mp4')}"
-    with pytest.raises(
-        DataError, match=r"no column 'name', only videoid: give source.columns.\* their names, and null"
-    ):
-        read(table("webvid", f"train={write('a.csv', 'videoid')}", videos))
-    with pytest.raises(DataError, match=r"a.parquet is not a parquet file"):
-        read(table("webvid", f"train={write('a.parquet', b'PAR1')}", videos))
-    with pytest.raises(NotFoundError, match="does not exist"):
-        read(table("webvid", "train=/nowhere.csv", videos))
-    with pytest.raises(StorageError, match="unknown scheme; use a local path or s3"):
-        read(table("webvid", "train=https://host/a.csv", videos))
-    with pytest.raises(ConfigError, match="holds the times: leave out start and end"):
-        table("panda70m", "train=a", videos, "columns.start=b")
-
-
-def test_a_table_is_read_in_a_stream(write: Write, put: Write) -> None:
-    train = write("train.csv", WEBVID + "".join(f"{i},u,P,d,c\n" for i in range(3)))
-    clips = SOURCES["table"](table("webvid", f"train={train}", f"videos={put('1.mp4')}"))
-    assert isinstance(clips, Iterator)
-    assert next(clips).video_id == "0"
-
-
-# All
 
 
 def test_missing_files_are_told(write: Write, put: Write) -> None:
