@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -289,22 +290,35 @@ def upload(config: PrepBenchConfig) -> None:
 
 
 def plan(config: PrepBenchConfig) -> None:
-    """In this process, which has done nothing else: ru_maxrss never sinks."""
+    """The clips lie in a file that is mapped: its pages leave when memory is short, so they are told apart."""
+    peak = threading.Event()
+    heap = [_heap()]
+
+    def watch() -> None:
+        while not peak.wait(0.02):
+            heap.append(max(heap[-1], _heap()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     before = resource.getrusage(resource.RUSAGE_SELF)
     start = time.monotonic()
     made = make_plan(_clips(config.plan_clips), ShardConfig(), 0, {})
     seconds = time.monotonic() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
-    grown = (after.ru_maxrss - before.ru_maxrss) * 1024
+    peak.set()
+    watcher.join()
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    start = time.monotonic()
-    for _ in _clips(config.plan_clips):
-        pass
-    empty_s = time.monotonic() - start
-    print(
-        f"{made.num_clips:,} clips, plan {made.hash[:12]}: {seconds:.1f} s ({cpu_s:.1f} s CPU), of them {empty_s:.1f} s"
-    )
-    print(f"for making the clips; peak memory {after.ru_maxrss / 2**20:.2f} GiB, {grown / made.num_clips:.0f} B a clip")
+    file = sum(batch.nbytes for batch in made.clips.batches)
+    print(f"{made.num_clips:,} clips, {len(made.cuts):,} shards: {seconds:.0f} s ({cpu_s:.0f} s CPU)")
+    for what, size in (("heap at its peak", heap[-1] - heap[0]), ("mapped file", file)):
+        print(f"{what}: {size / 2**30:.2f} GiB, {size / made.num_clips:.0f} B a clip")
+    print(f"resident at its peak, with all else: {after.ru_maxrss / 2**20:.2f} GiB")
+
+
+def _heap() -> int:
+    """Bytes of this process that no file backs."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def _clips(count: int) -> Iterator[Clip]:

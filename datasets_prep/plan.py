@@ -1,13 +1,15 @@
 """Clips → numbered shards. Pure: the same clips and settings, in any order, give the same plan.
 
-Ten million clips must fit in the driver, so they are kept as Arrow columns and the order as an array of row numbers;
-a shard's clips become Python objects only when the shard is built.
+Ten million clips must fit in the driver, so they lie in a temporary file of Arrow columns, and in memory there are a
+few numbers for each. A shard's clips become Python objects only when the shard is built.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +66,7 @@ class Cut(NamedTuple):
 
 
 class Clips:
-    """Many clips in little memory: Arrow batches of equal length, so that a row is found by its number.
+    """Many clips in a file that is gone with this object: batches of equal length, so a row is found by its number.
 
     `source_id` and `video` are null where they equal `video_id`.
     """
@@ -82,19 +84,29 @@ class Clips:
         }
     )
 
-    def __init__(self) -> None:
+    def __init__(self, clips: Iterable[Clip], seen: Callable[[list[Clip]], None]) -> None:
+        """Write the clips, read once as a stream; `seen` gets each batch."""
         self.splits: list[str] = []
-        self.batches: list[pa.RecordBatch] = []
+        self._codes: dict[str, int] = {}
+        stream = iter(clips)
+        with tempfile.NamedTemporaryFile(prefix="plan-") as file:
+            with pa.ipc.new_file(file, self.SCHEMA) as writer:
+                while batch := list(islice(stream, ROWS_PER_BATCH)):
+                    writer.write_batch(self._columns(batch))
+                    seen(batch)
+            file.flush()
+            self._file = pa.ipc.open_file(pa.memory_map(file.name))
+        self.batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
 
     def __len__(self) -> int:
         return sum(len(batch) for batch in self.batches)
 
-    def append(self, clips: list[Clip]) -> None:
-        """Add a batch: ROWS_PER_BATCH clips, or fewer if it is the last."""
-        self.splits.extend(s for s in dict.fromkeys(c.split for c in clips) if s not in self.splits)
-        codes = {name: code for code, name in enumerate(self.splits)}
+    def _columns(self, clips: list[Clip]) -> pa.RecordBatch:
+        for name in dict.fromkeys(c.split for c in clips):
+            self._codes.setdefault(name, len(self._codes))
+        self.splits = list(self._codes)
         columns = [
-            [codes[c.split] for c in clips],
+            [self._codes[c.split] for c in clips],
             [c.video_id for c in clips],
             [None if c.source_id == c.video_id else c.source_id for c in clips],
             [c.captions for c in clips],
@@ -102,11 +114,15 @@ class Clips:
             *([c[field] for c in clips] for field in (5, 6, 7)),
         ]
         arrays = [pa.array(c, field.type) for c, field in zip(columns, self.SCHEMA, strict=True)]
-        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.SCHEMA))
+        return pa.RecordBatch.from_arrays(arrays, schema=self.SCHEMA)
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers, null as 0."""
-        return np.concatenate([b.column(name).fill_null(0).to_numpy(zero_copy_only=False) for b in self.batches])
+        parts = (batch.column(name).fill_null(0).to_numpy(zero_copy_only=False) for batch in self.batches)
+        found = np.empty(len(self), self.SCHEMA.field(name).type.to_pandas_dtype())
+        for batch, part in enumerate(parts):  # not by np.concatenate, which would need twice the memory
+            found[batch * ROWS_PER_BATCH :][: len(part)] = part
+        return found
 
     def take(self, rows: NDArray[np.int64]) -> list[Clip]:
         """The clips of these rows, in this order."""
@@ -154,21 +170,24 @@ def make_plan(clips: Iterable[Clip], limits: ShardConfig, seed: int, settings: d
     Raises:
         DataError: there is no clip, or a video id occurs twice in a split.
     """
-    table, keys, ids, total = Clips(), [], [], 0
-    stream = map(_writable, clips)
-    while batch := list(islice(stream, ROWS_PER_BATCH)):
-        table.append(batch)
-        keys.append(np.array([_key(c, limits, seed) for c in batch], np.uint64))
-        ids.append(np.array([_number(f"{c.split}/{c.video_id}") for c in batch], np.uint64))
+    keys, ids, total = array("Q"), array("Q"), 0
+
+    def note(batch: list[Clip]) -> None:
+        nonlocal total
+        keys.extend(_key(c, limits, seed) for c in batch)
+        ids.extend(_number(f"{c.split}/{c.video_id}") for c in batch)
         # A sum does not depend on the order in which the source gives its clips.
         total += sum(int.from_bytes(hashlib.sha256(json.dumps(c).encode()).digest(), "big") for c in batch)
+
+    table = Clips(map(_writable, clips), note)
     if not table.batches:
         raise DataError("the source has no clips: nothing to build")
-    _check_unique(table, np.concatenate(ids))
-    ids.clear()
+    _check_unique(table, np.frombuffer(ids, np.uint64))
+    ids = array("Q")
     settings = {**settings, "shards": limits.model_dump(mode="json"), "seed": seed}
     named = json.dumps({**settings, "clips": [len(table), f"{total % 2**256:x}"]}, sort_keys=True)
-    order, is_first = _sorted(table, np.concatenate(keys))
+    order, is_first = _sorted(table, np.frombuffer(keys, np.uint64))
+    keys = array("Q")
     return Plan(
         hashlib.sha256(named.encode()).hexdigest(), settings, table, order, _cut(table, order, is_first, limits)
     )
@@ -206,12 +225,14 @@ def _number(text: str) -> int:
 
 
 def _check_unique(table: Clips, ids: NDArray[np.uint64]) -> None:
-    order = np.argsort(ids)
-    same = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
-    for place in same:  # two names may, once in 10^12 tables, have the same number
-        first, second = table.take(np.sort(order[place : place + 2]))
-        if (first.split, first.video_id) == (second.split, second.video_id):
-            raise DataError(f"video id {first.video_id!r} occurs twice in split {first.split!r}: rename one")
+    ordered = np.sort(ids)
+    same = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    seen: set[tuple[str, str]] = set()
+    for clip in table.take(np.flatnonzero(np.isin(ids, same))) if len(same) else ():
+        # Two names may, once in 10^12 plans, have the same number.
+        if (clip.split, clip.video_id) in seen:
+            raise DataError(f"video id {clip.video_id!r} occurs twice in split {clip.split!r}: rename one")
+        seen.add((clip.split, clip.video_id))
 
 
 def _sorted(table: Clips, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -219,49 +240,64 @@ def _sorted(table: Clips, keys: NDArray[np.uint64]) -> tuple[NDArray[np.int64], 
     by_name = np.argsort(np.argsort(table.splits)).astype(np.uint16)
     split = by_name[table.column("split")]
     order = np.lexsort((keys, split))
-    split, keys = split[order], keys[order]
     is_first = np.ones(len(order), bool)
-    is_first[1:] = (keys[1:] != keys[:-1]) | (split[1:] != split[:-1])
-    edges = np.flatnonzero(np.append(is_first, True))
-    for run in np.flatnonzero(np.diff(edges) > 1):
-        start, stop = edges[run], edges[run + 1]
+    for values in (split, keys):
+        ordered = values[order]
+        is_first[1:] &= ordered[1:] == ordered[:-1]
+    is_first[1:] ^= True
+    for start, stop in _tied(is_first):
         rows = order[start:stop]
         names = [(c.source_id, c.video, c.start or 0.0, c.video_id) for c in table.take(rows)]
-        places = sorted(range(len(rows)), key=names.__getitem__)
+        edges = [*np.flatnonzero(is_first[start:stop]).tolist(), stop - start]
+        places = [i for a, b in pairwise(edges) for i in sorted(range(a, b), key=names.__getitem__)]
         order[start:stop] = rows[places]
         sources = [names[place][0] for place in places]
-        is_first[start + 1 : stop] = [a != b for a, b in zip(sources[1:], sources, strict=False)]
+        is_first[start + 1 : stop] |= [a != b for a, b in zip(sources[1:], sources, strict=False)]
     return order, is_first
 
 
+def _tied(is_first: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Stretches of the order, cut between keys, that have all rows with a key that is not theirs alone."""
+    edges = np.append(np.flatnonzero(is_first), len(is_first))
+    stretches: list[tuple[int, int]] = []
+    for run in np.flatnonzero(np.diff(edges) > 1):
+        start, stop = int(edges[run]), int(edges[run + 1])
+        if stretches and stop - stretches[-1][0] <= ROWS_PER_BATCH:
+            stretches[-1] = stretches[-1][0], stop
+        else:
+            stretches.append((start, stop))
+    return stretches
+
+
 def _cut(table: Clips, order: NDArray[np.int64], is_first: NDArray[np.bool_], limits: ShardConfig) -> list[Cut]:
-    sizes = (table.column("size") * limits.compression)[order]
+    sizes = table.column("size")[order]
+    max_bytes = limits.max_bytes / limits.compression
     splits = table.column("split")[order]
     cuts: list[Cut] = []
-    start, size = 0, 0.0  # of the shard being filled
+    start, size = 0, 0  # of the shard being filled
 
     def close(stop: int) -> None:
         nonlocal start, size
         split = table.splits[splits[start]]
         number = cuts[-1].number + 1 if cuts and cuts[-1].split == split else 0
         cuts.append(Cut(split, number, start, stop))
-        start, size = stop, 0.0
+        start, size = stop, 0
 
     for first, stop, total in _sources(is_first, sizes):
         if first > start and splits[first] != splits[start]:
             close(first)
         # A source that fits nowhere whole is cut; any other starts a new shard rather than being cut.
-        is_whole = stop - first <= limits.max_samples and total <= limits.max_bytes
-        parts = [(first, stop, total)] if is_whole else [(i, i + 1, float(sizes[i])) for i in range(first, stop)]
+        is_whole = stop - first <= limits.max_samples and total <= max_bytes
+        parts = [(first, stop, total)] if is_whole else [(i, i + 1, int(sizes[i])) for i in range(first, stop)]
         for part, end, part_size in parts:
-            if part > start and (end - start > limits.max_samples or size + part_size > limits.max_bytes):
+            if part > start and (end - start > limits.max_samples or size + part_size > max_bytes):
                 close(part)
             size += part_size
     close(len(order))
     return cuts
 
 
-def _sources(is_first: NDArray[np.bool_], sizes: NDArray[np.float64]) -> Iterator[tuple[int, int, float]]:
+def _sources(is_first: NDArray[np.bool_], sizes: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
     """(start, stop, bytes) of each source."""
     starts = np.flatnonzero(is_first)
     totals = np.add.reduceat(sizes, starts)
