@@ -1,7 +1,7 @@
-"""How fast data preparation is: beside video2dataset, plain ffmpeg and boto3, on more cores; and the plan's size.
+"""How fast data preparation is: beside video2dataset, plain ffmpeg and boto3, and on more cores.
 
     python -m benchmarks.prep peer peer=PYTHON [key=value ...]
-    python -m benchmarks.prep scaling | upload | plan [key=value ...]
+    python -m benchmarks.prep scaling | upload [key=value ...]
 
 peer     Rounds in alternating order on the same videos and cores: datasets_prep.build, video2dataset (PYTHON is the
          interpreter of an environment with it), and as the limit one plain ffmpeg per video with the build's settings.
@@ -12,7 +12,6 @@ peer     Rounds in alternating order on the same videos and cores: datasets_prep
          needs, so its calls get `-segment_time_delta 0.02`, which ffmpeg's manual advises.
 scaling  The build and plain ffmpeg, one at a time against two at a time, on the same two cores.
 upload   storage.publish against boto3's upload_file of the same bytes to a local S3 server.
-plan     Time and peak memory of the plan of many clips.
 
 Rounds are kept in folder/MODE.jsonl: the same command goes on where it stopped, and stops when `minutes` are over.
 """
@@ -21,34 +20,30 @@ import contextlib
 import json
 import logging
 import os
-import resource
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any, Literal
 
 import imageio_ffmpeg
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from benchmarks import rounds
+from benchmarks.rounds import Times
 from common import config as configs
 from common import storage
 from common.config import Settings
 from common.errors import ConfigError, RunError, exit_with
 from datasets_prep import video
-from datasets_prep.config import PRESETS, BuildConfig, ShardConfig, VideoConfig
-from datasets_prep.plan import Clip, make_plan
+from datasets_prep.config import PRESETS, BuildConfig, VideoConfig
 from datasets_prep.shard_writer import members_of
 
 REPOSITORY = Path(__file__).parents[1]
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
-Times = dict[str, float]  # side → seconds
 
 
 class PrepBenchConfig(Settings):
@@ -70,10 +65,6 @@ class PrepBenchConfig(Settings):
     )
     peer_precision: Literal["exact", "low"] = Field("exact", description="how video2dataset cuts; low = at key frames")
     upload_mb: PositiveInt = Field(256, description="size of the uploaded file")
-    plan_clips: PositiveInt = Field(10_000_000, description="clips of the plan")
-
-
-# --- the sides -------------------------------------------------------------------------------------------------------
 
 
 def ours(config: PrepBenchConfig, folder: Path, cores: int, workers: int) -> Times:
@@ -217,9 +208,6 @@ def _per_shard(config: PrepBenchConfig) -> int:
     return max(1, config.clips // 4)
 
 
-# --- the modes -------------------------------------------------------------------------------------------------------
-
-
 def peer(config: PrepBenchConfig) -> None:
     folder, cores = _inputs(config), config.cores
     sides: dict[str, Callable[[], Times]] = {
@@ -228,15 +216,15 @@ def peer(config: PrepBenchConfig) -> None:
     }
     if config.peer:
         sides["video2dataset"] = lambda: video2dataset(config, folder, cores)
-    rows = _rounds(config, "peer", sides, folder / "out")
+    rows = _paired(config, "peer", sides, folder / "out")
     for span in ("tasks", "whole"):
         for side in sides:
             rates = [config.clips / row[side][span] / cores for row in rows]
-            print(f"{side:<14} {span:<6} {_spread(rates)} clips/s per core")
+            print(f"{side:<14} {span:<6} {rounds.spread(rates)} clips/s per core")
     others = [side for side in ("video2dataset", "ffmpeg") if side in sides]
     for other, span in ((other, span) for other in others for span in ("tasks", "whole")):
         # Where plain ffmpeg has no start, its own time stands for both.
-        print(f"ours / {other}, {span}: {_spread([row[other][span] / row['ours'][span] for row in rows])}")
+        print(f"ours / {other}, {span}: {rounds.spread([row[other][span] / row['ours'][span] for row in rows])}")
 
 
 def scaling(config: PrepBenchConfig) -> None:
@@ -247,12 +235,12 @@ def scaling(config: PrepBenchConfig) -> None:
         "ffmpeg 1": lambda: plain_ffmpeg(config, folder, 2, 1),
         "ffmpeg 2": lambda: plain_ffmpeg(config, folder, 2, 2),
     }
-    rows = _rounds(config, "scaling", sides, folder / "out")
+    rows = _paired(config, "scaling", sides, folder / "out")
     for side in ("ours", "ffmpeg"):
         for workers in (1, 2):
             rates = [config.clips / row[f"{side} {workers}"]["tasks"] for row in rows]
-            print(f"{side} {workers}: {_spread(rates)} clips/s")
-        print(f"{side} 2 / 1: {_spread([row[f'{side} 1']['tasks'] / row[f'{side} 2']['tasks'] for row in rows])}")
+            print(f"{side} {workers}: {rounds.spread(rates)} clips/s")
+        print(f"{side} 2 / 1: {rounds.spread([row[f'{side} 1']['tasks'] / row[f'{side} 2']['tasks'] for row in rows])}")
 
 
 def upload(config: PrepBenchConfig) -> None:
@@ -280,67 +268,20 @@ def upload(config: PrepBenchConfig) -> None:
 
             by_boto3()  # each client once before it counts
             by_ours()
-            sides = {"ours": lambda: _seconds(by_ours), "boto3": lambda: _seconds(by_boto3)}
-            rows = _rounds(config, "upload", sides, folder / "out")
+            sides = {"ours": lambda: rounds.seconds(by_ours), "boto3": lambda: rounds.seconds(by_boto3)}
+            rows = _paired(config, "upload", sides, folder / "out")
         finally:
             server.stop()
     for side in sides:
-        print(f"{side}: {_spread([config.upload_mb / row[side]['tasks'] for row in rows])} MiB/s")
-    print(f"ours / boto3: {_spread([row['boto3']['tasks'] / row['ours']['tasks'] for row in rows])}")
-
-
-def plan(config: PrepBenchConfig) -> None:
-    """The clips lie in a file that is mapped: its pages leave when memory is short, so they are told apart."""
-    peak = threading.Event()
-    heap = [_heap()]
-
-    def watch() -> None:
-        while not peak.wait(0.02):
-            heap.append(max(heap[-1], _heap()))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    start = time.monotonic()
-    made = make_plan(_clips(config.plan_clips), ShardConfig(), 0, {})
-    seconds = time.monotonic() - start
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    peak.set()
-    watcher.join()
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    file = sum(batch.nbytes for batch in made.clips.batches)
-    print(f"{made.num_clips:,} clips, {len(made.cuts):,} shards: {seconds:.0f} s ({cpu_s:.0f} s CPU)")
-    for what, size in (("heap at its peak", heap[-1] - heap[0]), ("mapped file", file)):
-        print(f"{what}: {size / 2**30:.2f} GiB, {size / made.num_clips:.0f} B a clip")
-    print(f"resident at its peak, with all else: {after.ru_maxrss / 2**20:.2f} GiB")
-
-
-def _heap() -> int:
-    """Bytes of this process that no file backs."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-def _clips(count: int) -> Iterator[Clip]:
-    """Clips as a large web set has them: five to a long video, one sentence each."""
-    for i in range(count):
-        source = f"{i // 5 * 2654435761 % 2**32:011x}"  # as long as an id of YouTube
-        caption = f"a person number {i} walks along the beach at sunset while a dog runs ahead"
-        start = 12.5 * (i % 5)
-        yield Clip(
-            "train", f"{source}_{i % 5:03d}", source, (caption,), f"{source}.mp4", start, start + 10.0, 4_000_000
-        )
+        print(f"{side}: {rounds.spread([config.upload_mb / row[side]['tasks'] for row in rows])} MiB/s")
+    print(f"ours / boto3: {rounds.spread([row['boto3']['tasks'] / row['ours']['tasks'] for row in rows])}")
 
 
 MODES: dict[str, Callable[[PrepBenchConfig], None]] = {
     "peer": peer,
     "scaling": scaling,
     "upload": upload,
-    "plan": plan,
 }
-
-
-# --- rounds ----------------------------------------------------------------------------------------------------------
 
 
 def _inputs(config: PrepBenchConfig) -> Path:
@@ -377,45 +318,10 @@ def _inputs(config: PrepBenchConfig) -> Path:
     return folder
 
 
-def _rounds(
-    config: PrepBenchConfig, mode: str, sides: dict[str, Callable[[], Times]], output: Path
-) -> list[dict[str, Times]]:
-    """The rows of all rounds: those that are in the file, and more while there is time. `output` is emptied before."""
+def _paired(config: PrepBenchConfig, mode: str, sides: dict[str, rounds.Side], output: Path) -> list[dict[str, Times]]:
     key = config.model_dump(exclude={"folder", "rounds", "minutes"})
     file = Path(config.folder).absolute() / f"{mode}.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = [line["times"] for line in lines if line["config"] == key]
-    start, longest = time.monotonic(), 0.0
-    while len(rows) < config.rounds:
-        began = time.monotonic()
-        if began + longest - start > 60 * config.minutes:
-            print(f"{len(rows)} of {config.rounds} rounds in the time there was: run it again to go on")
-            break
-        order = list(sides) if len(rows) % 2 == 0 else list(reversed(sides))
-        row = {}
-        for side in order:
-            shutil.rmtree(output, ignore_errors=True)
-            row[side] = sides[side]()
-        shutil.rmtree(output, ignore_errors=True)
-        rows.append({side: row[side] for side in sides})
-        with open(file, "a") as out:
-            out.write(json.dumps({"config": key, "times": rows[-1]}) + "\n")
-        longest = max(longest, time.monotonic() - began)
-        print(f"round {len(rows)}: " + ", ".join(f"{s} {t['tasks']:.2f} s" for s, t in rows[-1].items()), flush=True)
-    return rows
-
-
-def _seconds(act: Callable[[], None]) -> Times:
-    start = time.monotonic()
-    act()
-    return {"tasks": time.monotonic() - start}
-
-
-def _spread(values: list[float]) -> str:
-    """Median [lowest; quartiles; highest] of some rounds."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    spread = f"min {min(values):.3f}, quartiles {low:.3f} and {high:.3f}, max {max(values):.3f}"
-    return f"{median(values):.3f} ({spread}; {len(values)} rounds)"
+    return rounds.run(file, key, config.rounds, config.minutes, sides, output)
 
 
 def main() -> int:
