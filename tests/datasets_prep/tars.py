@@ -8,6 +8,8 @@ import webdataset
 
 from common import config as configs
 from common import shards
+from common.shards import ShardIndex
+from datasets_prep.config import IndexConfig
 from training.config import PRESETS, TrainConfig
 from training.data.loader import eval_loader, open_cache, train_loader
 
@@ -60,3 +62,11 @@ def read_by_training(url: str, cache: Path, split: str) -> tuple[set[str], set[s
         trained |= set(batch.video_ids)
     evaluated = {v.video_id for batch in eval_loader(config, dataset, opened, split, 0, 1) for v in batch.videos}
     return trained, evaluated
+
+
+def load(folder: Path | str, **values: Any) -> IndexConfig:
+    return configs.validate(IndexConfig, {"folder": str(folder), **values})
+
+
+def marker(folder: Path, name: str) -> ShardIndex:
+    return shards.read_marker(str(folder), name)

@@ -3,17 +3,13 @@
 import re
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster.local import RayCluster
-from common import config as configs
 from common import shards, storage
 from common.errors import DataError, RunError
-from common.shards import ShardIndex
 from datasets_prep import index as index_module
-from datasets_prep.config import IndexConfig
 from datasets_prep.index import index
 from datasets_prep.verify import verify
 from tests.datasets_prep.builds import contents, files, run
@@ -34,14 +30,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("clip") / "clip.mp4"
     ffmpeg(*picture("96x64", 10, 2), "-pix_fmt", "yuv420p", str(path))
     return path.read_bytes()
-
-
-def load(folder: Path | str, **values: Any) -> IndexConfig:
-    return configs.validate(IndexConfig, {"folder": str(folder), **values})
-
-
-def marker(folder: Path, name: str) -> ShardIndex:
-    return shards.read_marker(str(folder), name)
 
 
 def test_video2dataset_is_indexed_verified_and_trained_on(tmp_path: Path, clip: bytes, ray_local: RayCluster) -> None:
