@@ -16,6 +16,8 @@ from tests.datasets_prep.builds import contents, files, run
 from tests.datasets_prep.conftest import ffmpeg, picture
 from tests.datasets_prep.tars import (
     Sample,
+    load,
+    marker,
     read_by_training,
     tars_of_open_clip,
     tars_of_video2dataset,
