@@ -151,8 +151,7 @@ def _check_sums(output: str, dataset: DatasetIndex) -> None:
     markers = [e.url for e in storage.list_files(output) if e.url.endswith(".json") and "/shard-" in e.url]
     names = [url.removeprefix(output.rstrip("/") + "/").removesuffix(".json") + ".tar" for url in markers]
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda name: shards.read_marker(output, name), names))
-    rejected = sum(len(marker.rejected) for marker in found)
+        rejected = sum(pool.map(lambda name: len(shards.read_marker(output, name).rejected), names))
     samples = sum(split.samples for split in dataset.splits.values())
     if (rejected, samples + rejected) != (dataset.rejected, planned):
         raise DataError(
