@@ -38,7 +38,7 @@ from common import config as configs
 from common import storage
 from common.config import Settings
 from common.errors import ConfigError, RunError, exit_with
-from datasets_prep import video
+from datasets_prep.check import check
 from datasets_prep.config import PRESETS, BuildConfig, VideoConfig
 from datasets_prep.shard_writer import members_of
 
@@ -193,7 +193,7 @@ def _check(tar: Path, config: PrepBenchConfig) -> None:
         file.seek(members["mp4"][0])
         clip = Path(folder) / "clip.mp4"
         clip.write_bytes(file.read(members["mp4"][1]))
-        made = video.check(clip, every_frame=False)
+        made = check(clip, every_frame=False)
     wanted = (config.seconds - 2) * config.fps
     is_long = config.peer_precision == "low"  # it cuts at the key frames around
     if made.height != config.short_side or not (abs(made.num_frames - wanted) <= 2 or is_long):

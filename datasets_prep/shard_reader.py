@@ -17,8 +17,9 @@ from common import shards, storage
 from common.config import validate
 from common.errors import DataError, StorageError
 from common.shards import VIDEO_SUFFIXES, Caption, Histograms, Rejected, SampleIndex, SampleInfo, ShardEntry, ShardIndex
-from datasets_prep import histograms, video
-from datasets_prep.config import IndexConfig
+from datasets_prep import histograms
+from datasets_prep.check import check_apart
+from datasets_prep.config import IndexConfig, VideoConfig
 from datasets_prep.shard_writer import members_of, outcome
 
 Members = dict[str, tuple[int, int]]
@@ -103,7 +104,7 @@ def _sample(file: BinaryIO, name: str, key: str, members: Members, config: Index
     temporary.write_bytes(read(suffix))
     if not temporary.stat().st_size:
         raise DataError("the video is empty")
-    found = video.check(temporary, every_frame=False)
+    found = check_apart(temporary, every_frame=False, config=VideoConfig())
     info = SampleInfo(
         video_id=video_id,
         source_id=source_id,

@@ -21,7 +21,7 @@ from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, DataError, NotFoundError, StorageError, exit_with
 from common.shards import DatasetIndex, SampleIndex, ShardEntry, ShardIndex
-from datasets_prep import video
+from datasets_prep.check import check
 from datasets_prep.config import BuildConfig
 from datasets_prep.shard_writer import members_of
 
@@ -139,7 +139,7 @@ def _check_pictures(tar: BinaryIO, sample: SampleIndex) -> None:
             except OSError as error:
                 raise DataError(f"{suffix} cannot be decoded: {error}") from None
         else:
-            video.check(io.BytesIO(shards.read_member(tar, sample, suffix)), every_frame=False)
+            check(io.BytesIO(shards.read_member(tar, sample, suffix)), every_frame=False)
 
 
 def _check_sums(output: str, dataset: DatasetIndex) -> None:

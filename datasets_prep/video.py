@@ -1,4 +1,4 @@
-"""One video file → one small mp4: probe, copy or transcode, check. The only user of ffmpeg on users' videos.
+"""One video file → one small mp4 or JPEGs: probe, copy or transcode, check. The only user of ffmpeg on users' videos.
 
 The static ffmpeg of imageio-ffmpeg comes without ffprobe, so probing reads what `ffmpeg -i` prints.
 """
@@ -12,13 +12,13 @@ import re
 import resource
 import signal
 import subprocess
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import imageio_ffmpeg
 
 from common.errors import DataError, RunError
+from datasets_prep.check import VideoInfo, check, check_apart
 from datasets_prep.config import FramesConfig, VideoConfig
 
 
@@ -34,17 +34,6 @@ class Probe(NamedTuple):
     is_rotated: bool
 
 
-class VideoInfo(NamedTuple):
-    """What is in a finished mp4."""
-
-    duration_s: float
-    fps: float
-    num_frames: int
-    width: int
-    height: int
-    longest_gop: int
-
-
 def convert(source: Path, target: Path, config: VideoConfig, start: float | None, end: float | None) -> VideoInfo:
     """Write the span [start, end) of `source`, in seconds, to `target` as config asks.
 
@@ -55,14 +44,8 @@ def convert(source: Path, target: Path, config: VideoConfig, start: float | None
         RunError: the node is at fault, not the file.
     """
     stream = _examine(source, config, start, end)
-    if start is None and end is None and _is_small(stream, config):
-        # A stream that can't be copied after all is made anew: some containers lack what mp4 needs.
-        with contextlib.suppress(DataError):
-            _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config)
-            # It may hide a broken frame anywhere, and readers must be able to rely on every one.
-            info = check(target, every_frame=True)
-            if info.longest_gop <= config.gop:
-                return _within(info, config)
+    if start is None and end is None and _is_small(stream, config) and (copied := _copy(source, target, config)):
+        return _within(copied, config)
     _encode(source, target, config, stream, start, end, _closed_groups(config))
     return _within(check(target, every_frame=False), config)
 
@@ -76,7 +59,9 @@ def convert_to_frames(
 
     stream = _examine(source, config, start, end)
     between = folder / "lossless.mp4"  # of the frames' size and rate already, so that they are compressed once
-    _encode(source, between, config, stream, start, end, ["-preset", "ultrafast", "-qp", "0", "-g", "12"])
+    # Much larger than the JPEGs, which are what the sample holds; its length is bounded.
+    roomy = config.model_copy(update={"max_bytes": 1 << 40})
+    _encode(source, between, roomy, stream, start, end, ["-preset", "ultrafast", "-qp", "0", "-g", "12"])
     info = _within(check(between, every_frame=False), config)
     count = frames.segments * frames.per_segment
     indices = [(2 * i + 1) * info.num_frames // (2 * count) for i in range(count)]
@@ -86,6 +71,8 @@ def convert_to_frames(
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "JPEG", quality=frames.quality)
         jpegs.append(buffer.getvalue())
+    if sum(map(len, jpegs)) > config.max_bytes:
+        raise _too_large(config)
     return info, jpegs
 
 
@@ -106,25 +93,6 @@ def probe(source: Path, config: VideoConfig) -> Probe:
     duration_s = 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3]) if time else None
     rate = float(fps[1]) if fps else None
     return Probe(codec, pixels, int(width), int(height), rate, duration_s, "rotation of" in text)
-
-
-def check(file: Path | BinaryIO, every_frame: bool) -> VideoInfo:
-    """Decode the first, middle and last frame, or all, with the library that training uses. Raises DataError."""
-    import decord  # opens threads: imported in the process that decodes
-
-    try:
-        reader = decord.VideoReader(str(file) if isinstance(file, Path) else file, num_threads=1)
-        num_frames, fps, keys = len(reader), float(reader.get_avg_fps()), reader.get_key_indices()
-        indices = list(range(num_frames)) if every_frame else sorted({0, num_frames // 2, num_frames - 1})
-        # In batches, as training reads: decord can't fill one of pictures 16, 24, 48 or 72 pixels wide.
-        for first in range(0, len(indices), 64):
-            _, height, width, _ = reader.get_batch(indices[first : first + 64]).shape
-    except Exception as error:  # decord raises several unrelated types
-        reason = re.sub(r"^(\[[\d:]+\] \S+ )+", "", str(error).strip().splitlines()[0])  # "[13:05:59] file.cc:12: "
-        reason = "decord can't open it" if reason.startswith("Error reading") else reason  # it names the path
-        raise DataError(f"cannot be decoded: {reason}") from None
-    gop = max(b - a for a, b in pairwise(sorted({0, *keys, num_frames})))
-    return VideoInfo(round(num_frames / fps, 3), round(fps, 3), num_frames, width, height, gop)
 
 
 @functools.cache
@@ -191,7 +159,7 @@ def _copy(source: Path, target: Path, config: VideoConfig) -> VideoInfo | None:
     with contextlib.suppress(DataError):  # some containers lack what mp4 needs
         _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config)
         # It may hide a broken frame anywhere, and readers must be able to rely on every one.
-        info = check(target, every_frame=True)
+        info = check_apart(target, every_frame=True, config=config)
         if info.longest_gop <= config.gop:
             return info
     return None
@@ -264,13 +232,17 @@ def _run(arguments: list[str], config: VideoConfig) -> tuple[int, str, str]:
     if cpu_s > 0.95 * config.max_cpu_s and (was_ended or process.returncode == -signal.SIGKILL):
         raise DataError(f"takes more than video.max_cpu_s={config.max_cpu_s} CPU seconds")
     if process.returncode == -signal.SIGXFSZ or "File too large" in text:
-        raise DataError(f"becomes larger than video.max_bytes={config.max_bytes}")
+        raise _too_large(config)
     # The node's fault, not the clip's: a rejected clip would be missing from the dataset for ever.
     if was_ended or process.returncode in (-signal.SIGKILL, -signal.SIGTERM):
         raise RunError("ffmpeg was killed, probably for want of memory: raise cpus_per_task and run again to go on")
     if "No space left on device" in text:
         raise RunError("ffmpeg found no space left on the node's disk: make room and run again to go on")
     return process.returncode, text, out.decode(errors="replace")
+
+
+def _too_large(config: VideoConfig) -> DataError:
+    return DataError(f"becomes larger than video.max_bytes={config.max_bytes}")
 
 
 def _reason(text: str) -> str:

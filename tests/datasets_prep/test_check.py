@@ -1,0 +1,68 @@
+"""What a video may do to the decoder: the process that asks goes on, and knows whether the clip is at fault."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import DataError, RunError
+from datasets_prep import check as check_module
+from datasets_prep import video
+from datasets_prep.check import check, check_apart
+from datasets_prep.config import VideoConfig
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A decord of the test's own, for the process that is started next."""
+    folder = tmp_path / "fake"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    stop()
+    yield folder / "decord.py"
+    stop()
+
+
+def stop() -> None:
+    check_module._process().communicate()
+    check_module._process.cache_clear()
+
+
+CRASH = "import os, signal\ndef VideoReader(*a, **k): os.kill(os.getpid(), signal.SIGSEGV)"
+SPIN = "def VideoReader(*a, **k):\n    while True: pass"
+SLEEP = "import time\ndef VideoReader(*a, **k): time.sleep(1000)"
+KILLED = "import os, signal\ndef VideoReader(*a, **k): os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("every_frame", [True, False])
+def test_says_the_same_as_within_the_process(videos: Path, every_frame: bool) -> None:
+    for name in ("wide.mp4", "small.mp4"):
+        info = check_apart(videos / name, every_frame, VideoConfig())
+        assert info == check(videos / name, every_frame)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        check_apart(videos / "garbage.mp4", every_frame, VideoConfig())
+
+
+@pytest.mark.parametrize(
+    ("decoder", "bound", "error", "message"),
+    [
+        (CRASH, {}, DataError, "cannot be decoded: decord ends with SIGSEGV"),
+        (SPIN, {"max_cpu_s": 1}, DataError, "takes more than video.max_cpu_s=1 CPU seconds"),
+        (SLEEP, {"timeout_s": 1.0}, RunError, "decord did not end within video.timeout_s=1"),
+        (KILLED, {}, RunError, "ended with -9: run again"),
+    ],
+)
+def test_a_decoder_that_fails_takes_nothing_down(
+    videos: Path, fake: Path, decoder: str, bound: dict[str, float], error: type[Exception], message: str
+) -> None:
+    fake.write_text(decoder)
+    config = VideoConfig().model_copy(update=bound)
+    with pytest.raises(error, match=message):
+        check_apart(videos / "small.mp4", True, config)
+    fake.unlink()  # the real one again, in a new process
+    assert check_apart(videos / "small.mp4", True, config).num_frames == 20
+
+
+def test_a_stream_that_crashes_the_decoder_is_made_anew(videos: Path, tmp_path: Path, fake: Path) -> None:
+    fake.write_text(CRASH)
+    assert video.convert(videos / "small.mp4", tmp_path / "out.mp4", VideoConfig(), None, None).num_frames == 20
