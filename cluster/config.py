@@ -12,7 +12,11 @@ from common.config import Settings
 
 # Module → the schema of its configuration, the folder of its presets, and the keys that a job needs absolute.
 COMMANDS: dict[str, tuple[type[Settings], Path, tuple[str, ...]]] = {
-    "datasets_prep.build": (datasets_prep.config.BuildConfig, datasets_prep.config.PRESETS, ("output",)),
+    "datasets_prep.build": (
+        datasets_prep.config.BuildConfig,
+        datasets_prep.config.PRESETS,
+        ("output", "source.videos"),
+    ),
     "training.train": (training.config.TrainConfig, training.config.PRESETS, training.config.PATHS),
     "retrieval.embed": (retrieval.config.EmbedConfig, retrieval.config.PRESETS / "embed", ("run", "dataset", "output")),
     "retrieval.index": (retrieval.config.IndexConfig, retrieval.config.PRESETS / "index", ("embeddings", "output")),

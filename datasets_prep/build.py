@@ -4,34 +4,27 @@ Starting the same build on the same output again goes on where it stopped. Ray: 
 local one. `python -m datasets_prep.verify OUTPUT` reads a finished dataset back.
 """
 
-import heapq
 import json
 import logging
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import PIL
-import ray
-import ray.exceptions
 import yaml
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import AlreadyExistsError, ConfigError, RunError, StorageError, exit_with, told
+from common.errors import AlreadyExistsError, RunError, exit_with
 from common.shards import DatasetIndex, ShardEntry, SplitIndex
-from datasets_prep import report, video
+from datasets_prep import report, tasks, video
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.plan import Clip, Cut, Plan, make_plan
 from datasets_prep.shard_writer import MISSING, Outcome, Recipe, outcome, write_shard
 from datasets_prep.sources import SOURCES
 
 log = logging.getLogger(__name__)
-ATTEMPTS = 5  # of one shard, when a node or the storage is at fault
-FIRST_WAIT_S = 5.0  # before the second attempt, then twice as long each time: 75 s in all
 
 
 class Built(NamedTuple):
@@ -68,8 +61,8 @@ def build(config: BuildConfig) -> Built:
         ConfigError, DataError, StorageError: as one sentence.
         RunError: another plan is at the output, or too many clips are missing or were rejected.
     """
-    configs.refuse_relative_in_job(config, "output")
-    output = storage.absolute(config.output)
+    config = with_absolute_paths(config)
+    output = config.output
     storage.check_writable(output)
     missing = Missing()
     clips = missing.noted(SOURCES[config.source.name](config.source))
@@ -81,9 +74,7 @@ def build(config: BuildConfig) -> Built:
     if done.outcomes:
         log.info("%d of %d shards are there already", len(done.outcomes), len(plan.cuts))
     todo = [cut for cut in plan.cuts if cut.name not in done.outcomes]
-    if todo and not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
-    running = _run(config, plan, todo, output) if todo else iter(())
+    running = _run(config, plan, todo, output)
     for finished in logs.progress(running, "shards", len(todo), lambda: str(done)):
         done.add(finished)
         _check_budget(config, plan, done.reasons)
@@ -93,6 +84,21 @@ def build(config: BuildConfig) -> Built:
     page = report.render(output, dataset, done.reasons, [o.histograms for o in done.outcomes.values()])
     _publish(page.encode(), output, report.NAME)
     return Built(dataset, done.reasons)
+
+
+def with_absolute_paths(config: BuildConfig) -> BuildConfig:
+    """`config` with local paths made absolute: its config.yaml is used from another folder.
+
+    Raises:
+        ConfigError: a path is relative in a submitted job.
+    """
+    fields = type(config.source).model_fields
+    names = [name for name, field in fields.items() if field.annotation in (str, str | None)]  # files and folders
+    configs.refuse_relative_in_job(config, "output", *(f"source.{name}" for name in names))
+    given = {name: getattr(config.source, name) for name in names}
+    changes = {name: storage.absolute(value) for name, value in given.items() if value is not None}
+    source = config.source.model_copy(update=changes)
+    return config.model_copy(update={"source": source, "output": storage.absolute(config.output)})
 
 
 def _repeatable(config: BuildConfig) -> str:
@@ -109,7 +115,7 @@ def summary(built: Built, output: str) -> str:
         size = sum(s.bytes for s in split.shards) / 1e6
         lines.append(f"{name:<10}{len(split.shards):>8,}{split.samples:>12,}{split.captions:>12,}{size:>12,.1f}")
     if reasons:
-        lines.append(f"rejected: {reasons.total():,} ({_list(reasons)}); the shards' markers name each")
+        lines.append(f"rejected: {reasons.total():,} ({most(reasons)}); the shards' markers name each")
     output = storage.absolute(output)
     return "\n".join([*lines, f"dataset: {output}", f"report:  {storage.join(output, report.NAME)}"])
 
@@ -194,69 +200,18 @@ def _finished(plan: Plan, output: str) -> Done:
 
 
 def _run(config: BuildConfig, plan: Plan, todo: list[Cut], output: str) -> Iterator[Outcome]:
-    """Build shards, a bounded number at once, and yield each as it is finished.
-
-    Ray itself retries nothing: a shard whose worker or node died, or whose storage failed, waits and is tried again.
-    """
-    cpus = config.cpus_per_task or config.video.threads
-    task = ray.remote(write_shard).options(num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
-    recipe = Recipe(storage.absolute(config.source.videos), config.payload, config.video, config.frames)
-    waiting = [(0.0, place) for place in range(len(todo))]  # a heap: when it may begin, which
-    failures: Counter[int] = Counter()
-    running: dict[Any, int] = {}
-    if not _room(cpus):
-        raise ConfigError(f"cpus_per_task={cpus} is more than any Ray node has: lower it")
-    while waiting or running:
-        limit = min(config.workers or sys.maxsize, max(1, _room(cpus)))  # nodes come and go
-        while waiting and len(running) < limit and waiting[0][0] <= time.monotonic():
-            _, place = heapq.heappop(waiting)
-            running[task.remote(plan.shard(todo[place]), plan.hash, output, recipe)] = place
-        if not running:
-            time.sleep(max(0.0, waiting[0][0] - time.monotonic()))
-            continue
-        finished, _ = ray.wait(list(running), timeout=5.0 if waiting else None)
-        for reference in finished:
-            place = running.pop(reference)
-            try:
-                yield ray.get(reference)
-            except ray.exceptions.RayError as error:
-                failures[place] += 1
-                wait_s = FIRST_WAIT_S * 2 ** (failures[place] - 1)
-                reason = _temporary(error, todo[place].name, is_last=failures[place] == ATTEMPTS)
-                log.warning("shard %s: %s; again in %.0f s", todo[place].name, reason, wait_s)
-                heapq.heappush(waiting, (time.monotonic() + wait_s, place))
-
-
-def _temporary(error: ray.exceptions.RayError, shard: str, is_last: bool) -> str:
-    """Why a shard failed, if it may succeed on another attempt; raises what is to be told if not."""
-    known = told(error)
-    if known is None and isinstance(error, ray.exceptions.RayTaskError):
-        raise error  # a defect of ours keeps its traceback
-    reason = str(known or error).strip().splitlines()[0]
-    if known is not None and not isinstance(known, RunError | StorageError):
-        raise known
-    if is_last:
-        kind = type(known) if known else RunError
-        raise kind(f"shard {shard} could not be built in {ATTEMPTS} attempts ({reason}): run again to go on") from None
-    return reason
+    recipe = Recipe(config.source.videos, config.payload, config.video, config.frames)
+    return tasks.run(
+        write_shard,
+        [f"shard {cut.name}" for cut in todo],
+        lambda place: (plan.shard(todo[place]), plan.hash, output, recipe),
+        config.workers,
+        config.cpus_per_task or config.video.threads,
+    )
 
 
 def _publish(data: bytes, output: str, name: str) -> None:
-    """Publish a file of the driver's own; a build of days is not lost to a minute without storage."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return storage.publish_bytes(data, storage.join(output, name))
-        except StorageError as error:
-            if attempt == ATTEMPTS:
-                raise
-            wait_s = FIRST_WAIT_S * 2 ** (attempt - 1)
-            log.warning("%s; again in %.0f s", error, wait_s)
-            time.sleep(wait_s)
-
-
-def _room(cpus: int) -> int:
-    """How many tasks the cluster holds now."""
-    return sum(int(node["Resources"].get("CPU", 0)) // cpus for node in ray.nodes() if node["Alive"])
+    tasks.again(lambda: storage.publish_bytes(data, storage.join(output, name)))
 
 
 def _check_budget(config: BuildConfig, plan: Plan, reasons: Counter[str]) -> None:
@@ -266,14 +221,15 @@ def _check_budget(config: BuildConfig, plan: Plan, reasons: Counter[str]) -> Non
     if rejected and (rejected == plan.num_clips or unreadable > config.max_rejected_fraction * plan.num_clips):
         raise RunError(
             f"{rejected:,} of {plan.num_clips:,} clips were rejected, more than "
-            f"max_rejected_fraction={config.max_rejected_fraction:g} allows ({_list(reasons)}): correct the videos "
+            f"max_rejected_fraction={config.max_rejected_fraction:g} allows ({most(reasons)}): correct the videos "
             "and choose a new output, or raise it and run again"
         )
 
 
-def _list(reasons: Counter[str]) -> str:
-    most = [f"{count:,} × {reason}" for reason, count in reasons.most_common(5)]
-    return "; ".join(most + (["…"] if len(reasons) > 5 else []))
+def most(reasons: Counter[str]) -> str:
+    """The commonest reasons, for a sentence."""
+    listed = [f"{count:,} × {reason}" for reason, count in reasons.most_common(5)]
+    return "; ".join(listed + (["…"] if len(reasons) > 5 else []))
 
 
 def _dataset(config: BuildConfig, plan: Plan, done: Done) -> DatasetIndex:

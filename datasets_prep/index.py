@@ -11,19 +11,15 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import ray
-import ray.exceptions
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import ConfigError, DataError, NoBucketError, NotFoundError, RunError, exit_with, told
+from common.errors import ConfigError, DataError, NoBucketError, NotFoundError, RunError, exit_with
 from common.shards import DatasetIndex, SplitIndex
-from datasets_prep import report
-from datasets_prep.build import Built, summary
+from datasets_prep import report, tasks
+from datasets_prep.build import Built, most, summary
 from datasets_prep.config import IndexConfig
 from datasets_prep.shard_reader import Summary, index_tar, summarise
 
@@ -57,7 +53,9 @@ def index(config: IndexConfig) -> Built:
     seen: dict[tuple[str, str], str] = {}
     for found in done.values():
         _refuse_twice(seen, config, found)
-    for found in logs.progress(_run(config, folder, plan_hash, missing), "tars", len(missing)):
+    settings = config.model_dump(mode="json")
+    running = tasks.run(index_tar, missing, lambda i: (folder, missing[i], plan_hash, settings), config.workers)
+    for found in logs.progress(running, "tars", len(missing)):
         done[found.entry.name] = found
         _refuse_twice(seen, config, found)
     dataset = _dataset(config, plan_hash, [done[name] for name in sizes])
@@ -131,37 +129,6 @@ def _finished(folder: str, plan_hash: str, sizes: dict[str, int]) -> tuple[dict[
     return {n: s for n, s in found.items() if isinstance(s, Summary)}, [n for n, s in found.items() if s is True]
 
 
-def _run(config: IndexConfig, folder: str, plan_hash: str, missing: list[str]) -> Iterator[Summary]:
-    """Index tars, a bounded number at once. As tasks and not threads: decord may crash on what others wrote."""
-    if not missing:
-        return
-    if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
-    task = ray.remote(index_tar)
-    limit = min(config.workers or sys.maxsize, max(1, int(ray.cluster_resources().get("CPU", 1))))
-    waiting, running = iter(missing), dict[Any, str]()
-    settings = config.model_dump(mode="json")
-    while True:
-        while len(running) < limit and (name := next(waiting, None)):
-            running[task.remote(folder, name, plan_hash, settings)] = name
-        if not running:
-            return
-        finished, _ = ray.wait(list(running))
-        yield _result(finished[0], running.pop(finished[0]))
-
-
-def _result(reference: Any, name: str) -> Summary:
-    try:
-        found: Summary = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        known = told(error)
-        if known is None and isinstance(error, ray.exceptions.RayTaskError):
-            raise  # a defect of ours keeps its traceback
-        reason = str(error).strip().splitlines()[0]
-        raise known or RunError(f"{name} could not be indexed ({reason}): run again to go on") from None
-    return found
-
-
 def _refuse_twice(seen: dict[tuple[str, str], str], config: IndexConfig, found: Summary) -> None:
     """Note a tar's video ids, by split and id; raise DataError for one that is there already."""
     name = found.entry.name
@@ -182,12 +149,13 @@ def _split_of(name: str, config: IndexConfig) -> str:
 
 
 def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> DatasetIndex:
-    rejected, samples = _reasons(found).total(), sum(s.entry.samples for s in found)
+    reasons, samples = _reasons(found), sum(s.entry.samples for s in found)
+    rejected = reasons.total()
     if not samples or rejected > config.max_rejected_fraction * (samples + rejected):
-        most = "; ".join(f"{count:,} × {reason}" for reason, count in _reasons(found).most_common(5))
         raise RunError(
             f"{rejected:,} of {samples + rejected:,} samples were rejected, more than max_rejected_fraction="
-            f"{config.max_rejected_fraction:g} allows ({most or 'the tars are empty'}): correct the tars, or raise it"
+            f"{config.max_rejected_fraction:g} allows ({most(reasons) or 'the tars are empty'}): "
+            "correct the tars, or raise it"
         )
     splits: dict[str, list[shards.ShardEntry]] = {}
     for of_tar in found:
@@ -203,7 +171,7 @@ def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> Datas
 
 def _publish(text: str, url: str) -> None:
     if not storage.exists(url) or storage.read(url) != text.encode():
-        storage.publish_bytes(text.encode(), url)
+        tasks.again(lambda: storage.publish_bytes(text.encode(), url))
 
 
 def _reasons(found: Iterable[Summary]) -> Counter[str]:

@@ -6,6 +6,7 @@ and its first, middle and last frame decoded. The exit code is 0 only if all is 
 --repair deletes the shards that are not, and builds them again from the videos by OUTPUT/config.yaml.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -15,7 +16,10 @@ import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from common import config as configs
 from common import logs, shards, storage
@@ -28,6 +32,13 @@ from datasets_prep.shard_writer import members_of
 log = logging.getLogger(__name__)
 
 
+class Checked(NamedTuple):
+    """What is kept of a shard that is right: 8 bytes a sample."""
+
+    ids: NDArray[np.uint64]  # hashes of its video ids
+    rejected: int
+
+
 def verify(output: str) -> int:
     """The number of samples, all as the indexes say.
 
@@ -35,37 +46,56 @@ def verify(output: str) -> int:
         DataError: naming every shard that is not; each one's fault is logged.
     """
     dataset, _ = shards.read_dataset(output)
-    bad = damaged(output, dataset)
+    bad, rejected = check_all(output, dataset)
     if bad:
         total = sum(len(split.shards) for split in dataset.splits.values())
         raise DataError(f"{len(bad)} of {total} shards are damaged: {', '.join(bad)}; --repair builds them again")
-    _check_sums(output, dataset)
+    _check_sums(output, dataset, rejected)
     return sum(split.samples for split in dataset.splits.values())
 
 
-def damaged(output: str, dataset: DatasetIndex) -> list[str]:
-    """The names of the shards that are not as the indexes say; each one's fault is logged."""
-    entries = [(split, entry) for split, index in dataset.splits.items() for entry in index.shards]
+def check_all(output: str, dataset: DatasetIndex) -> tuple[list[str], int]:
+    """The names of the shards that are not as the indexes say, each one's fault logged, and the others' rejected."""
     bad: list[str] = []
-    seen: dict[tuple[str, str], str] = {}  # (split, video id) → shard
+    rejected = 0
 
-    def check(item: tuple[str, ShardEntry]) -> list[str] | DataError:
+    def check_one(entry: ShardEntry) -> Checked | DataError:
         try:
-            return check_shard(output, item[1], dataset.plan_hash)
+            return check_shard(output, entry, dataset.plan_hash)
         except (DataError, StorageError) as error:
             return DataError(str(error))
 
+    entries = [(split, entry) for split, index in dataset.splits.items() for entry in index.shards]
+    good: dict[str, list[tuple[ShardEntry, Checked]]] = {split: [] for split in dataset.splits}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = zip(entries, pool.map(check, entries), strict=True)
+        results = zip(entries, pool.map(check_one, (entry for _, entry in entries)), strict=True)
         for (split, entry), result in logs.progress(results, "shards", len(entries)):
-            twice = [v for v in result if (split, v) in seen] if isinstance(result, list) else []
-            if twice:
-                result = DataError(f"{entry.name}: video {twice[0]!r} is also in {seen[split, twice[0]]}")
             if isinstance(result, DataError):
                 log.error("%s", result)
                 bad.append(entry.name)
             else:
-                seen.update(((split, video_id), entry.name) for video_id in result)
+                good[split].append((entry, result))
+                rejected += result.rejected
+    for split in good:
+        bad += _repeating(output, good[split])
+    return bad, rejected
+
+
+def _repeating(output: str, good: list[tuple[ShardEntry, Checked]]) -> list[str]:
+    """The shards of a split with a video that is in one before, each one logged."""
+    ids = np.concatenate([np.empty(0, np.uint64), *(checked.ids for _, checked in good)])
+    ids.sort()
+    suspects = np.unique(ids[1:][ids[1:] == ids[:-1]])
+    bad, first = [], dict[str, str]()
+    for entry, checked in good if len(suspects) else []:
+        if not np.isin(checked.ids, suspects).any():
+            continue
+        # Read again for the names: two different ones may have one hash.
+        for sample in shards.read_marker(output, entry.name).samples:
+            if sample.video_id in first and entry.name not in bad:
+                log.error("%s: video %r is also in %s", entry.name, sample.video_id, first[sample.video_id])
+                bad.append(entry.name)
+            first.setdefault(sample.video_id, entry.name)
     return bad
 
 
@@ -79,7 +109,7 @@ def repair(output: str) -> list[str]:
     from datasets_prep.build import build  # imports ray
 
     dataset, _ = shards.read_dataset(output)
-    bad = damaged(output, dataset)
+    bad, _ = check_all(output, dataset)
     if not bad:
         return []
     preset = storage.join(output, "config.yaml")
@@ -94,8 +124,8 @@ def repair(output: str) -> list[str]:
     return bad
 
 
-def check_shard(output: str, entry: ShardEntry, plan_hash: str) -> list[str]:
-    """The video ids of a shard that is as dataset.json and its marker say. Raises DataError, StorageError."""
+def check_shard(output: str, entry: ShardEntry, plan_hash: str) -> Checked:
+    """A shard that is as dataset.json and its marker say. Raises DataError, StorageError."""
     marker = shards.read_marker(output, entry.name)
     listed = (entry.sha256, entry.bytes, entry.samples, entry.captions, plan_hash)
     captions = sum(s.num_captions for s in marker.samples)
@@ -108,7 +138,8 @@ def check_shard(output: str, entry: ShardEntry, plan_hash: str) -> list[str]:
             _check_members(tar, entry, marker)
         except tarfile.TarError as error:
             raise DataError(f"{entry.name} is no tar: {error}") from None
-    return [s.video_id for s in marker.samples]
+    ids = [hashlib.blake2b(s.video_id.encode(), digest_size=8).digest() for s in marker.samples]
+    return Checked(np.frombuffer(b"".join(ids), np.uint64), len(marker.rejected))
 
 
 def _check_members(tar: Path, entry: ShardEntry, marker: ShardIndex) -> None:
@@ -142,16 +173,17 @@ def _check_pictures(tar: BinaryIO, sample: SampleIndex) -> None:
             check(io.BytesIO(shards.read_member(tar, sample, suffix)), every_frame=False)
 
 
-def _check_sums(output: str, dataset: DatasetIndex) -> None:
+def _check_sums(output: str, dataset: DatasetIndex, rejected: int) -> None:
     """Every clip of the plan is in a shard or rejected by a marker, also by one whose shard is empty."""
     try:
         planned = json.loads(storage.read(storage.join(output, "plan.json")))["clips"]
     except NotFoundError:  # an index of someone else's tars has no plan
         return
-    markers = [e.url for e in storage.list_files(output) if e.url.endswith(".json") and "/shard-" in e.url]
-    names = [url.removeprefix(output.rstrip("/") + "/").removesuffix(".json") + ".tar" for url in markers]
-    with ThreadPoolExecutor(16) as pool:
-        rejected = sum(pool.map(lambda name: len(shards.read_marker(output, name).rejected), names))
+    listed = {shards.marker_name(entry.name) for split in dataset.splits.values() for entry in split.shards}
+    for entry in storage.list_files(output):
+        name = entry.url.removeprefix(output.rstrip("/") + "/")
+        if name.endswith(".json") and "/shard-" in name and name not in listed:
+            rejected += len(shards.read_marker(output, name.removesuffix(".json") + ".tar").rejected)
     samples = sum(split.samples for split in dataset.splits.values())
     if (rejected, samples + rejected) != (dataset.rejected, planned):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Annotation files as people have them: odd encodings, JSON, id lists, and tables with commas or tabs."""
+"""Annotation files as people have them: odd encodings, JSON and id lists. Tables: rows.py."""
 
 import codecs
 import csv
@@ -63,38 +63,6 @@ def read_ids(url: str) -> list[str]:
     if len(once) < len(ids):
         log.warning("%s: %d ids are listed twice: taken once", url, len(ids) - len(once))
     return once
-
-
-def read_table(url: str, *columns: str) -> list[list[str]]:
-    """The values of these columns, row by row; commas or tabs, as the header has them.
-
-    Raises:
-        DataError: a column is missing, or a row is too short.
-        StorageError: it can't be read.
-    """
-    text = read_text(url)
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",")
-    try:
-        names = next(reader, [])
-        missing = [c for c in columns if c not in names]
-        if missing:
-            raise DataError(
-                f"{url} has no column {missing[0]!r}, only {', '.join(names) or 'none'}: is it the right file?"
-            )
-        places = [names.index(c) for c in columns]
-        rows = []
-        for row in reader:
-            if not row:
-                continue
-            if len(row) <= max(places):
-                raise DataError(
-                    f"{url}, line {reader.line_num}: {len(row)} values for {len(names)} columns: correct it"
-                )
-            rows.append([row[p] for p in places])
-    except csv.Error as error:
-        raise DataError(f"{url}, line {reader.line_num}: not a valid table ({error}): correct it") from None
-    return rows
 
 
 def some(names: Iterable[str]) -> str:

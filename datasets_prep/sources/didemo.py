@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from common.errors import DataError
 from datasets_prep.benchmarks import DidemoConfig
 from datasets_prep.plan import Clip
-from datasets_prep.sources.annotations import clean, read_json, read_table
+from datasets_prep.sources.annotations import clean, read_json
 from datasets_prep.sources.locate import Annotated, Span, locate
+from datasets_prep.sources.rows import read_rows
 
 
 def read(config: DidemoConfig) -> list[Clip]:
@@ -44,5 +45,5 @@ def _json(url: str) -> Iterator[tuple[str, str]]:
 
 
 def _table(url: str) -> Iterator[tuple[str, str]]:
-    for path, text in read_table(url, "video_path", "text"):
-        yield path.replace("\\", "/"), text
+    for _, row in read_rows(url, ["video_path", "text"]):
+        yield row["video_path"].replace("\\", "/"), row["text"]

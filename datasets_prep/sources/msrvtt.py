@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from common.errors import DataError
 from datasets_prep.benchmarks import MsrvttConfig
 from datasets_prep.plan import Clip
-from datasets_prep.sources.annotations import read_ids, read_json, read_table, some
+from datasets_prep.sources.annotations import read_ids, read_json, some
 from datasets_prep.sources.locate import Annotated, Span, carve, locate
+from datasets_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 SPLITS = {"train": "train", "validate": "val", "test": "test"}  # as MSR-VTT calls them → as we do
@@ -59,8 +60,8 @@ def _1k_a(config: MsrvttConfig, captions: Captions) -> Iterator[Annotated]:
     for video_id in train:
         yield _video(config, captions, "train", video_id, captions.sentences[video_id])
     pairs: dict[str, list[str]] = {}
-    for video_id, sentence in read_table(config.test_pairs, "video_id", "sentence"):
-        pairs.setdefault(video_id.strip(), []).append(sentence)
+    for _, pair in read_rows(config.test_pairs, ["video_id", "sentence"]):
+        pairs.setdefault(pair["video_id"].strip(), []).append(pair["sentence"])
     for video_id, sentences in pairs.items():
         yield _video(config, captions, "test", video_id, sentences)
 

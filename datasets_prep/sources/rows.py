@@ -23,18 +23,24 @@ BATCH = 4096
 MAX_VALUE = 1 << 27
 
 
-def read_rows(url: str, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of one table as the columns asked for, and what an error calls each.
+def read_rows(
+    url: str, wanted: list[str], way_out: str = "is it the right file?"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of one table as the columns asked for, and what an error calls each; commas or tabs, as its header has.
+
+    Args:
+        way_out: what to do about a column that is missing.
 
     Raises:
         DataError: a column is missing, or it is no table.
         StorageError: it can't be read.
     """
     with _local(url) as path:
-        yield from _parquet(url, path, wanted) if url.endswith(".parquet") else _csv(url, path, wanted)
+        read = _parquet if url.endswith(".parquet") else _csv
+        yield from read(url, path, wanted, way_out)
 
 
-def _csv(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(url: str, path: Path, wanted: list[str], way_out: str) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(MAX_VALUE)
     with open(path, "rb") as file:
         header = file.readline()
@@ -42,7 +48,7 @@ def _csv(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[st
         reader = csv.reader(_decoded(url, file), delimiter="\t" if b"\t" in header else ",")
         try:
             names = next(reader, [])
-            _check_columns(url, wanted, names)
+            _check_columns(url, wanted, names, way_out)
             places = [(name, names.index(name)) for name in wanted]
             for row in reader:
                 if len(row) == len(names):
@@ -66,10 +72,10 @@ def _decoded(url: str, lines: Iterable[bytes]) -> Iterator[str]:
         yield text
 
 
-def _parquet(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(url: str, path: Path, wanted: list[str], way_out: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(url, wanted, file.schema_arrow.names)
+            _check_columns(url, wanted, file.schema_arrow.names, way_out)
             number = 0
             for batch in file.iter_batches(BATCH, columns=wanted):
                 for row in batch.to_pylist():
@@ -79,13 +85,10 @@ def _parquet(url: str, path: Path, wanted: list[str]) -> Iterator[tuple[str, dic
         raise DataError(f"{url} is not a parquet file ({str(error).splitlines()[0]}): give a table") from None
 
 
-def _check_columns(url: str, wanted: list[str], names: list[str]) -> None:
+def _check_columns(url: str, wanted: list[str], names: list[str], way_out: str) -> None:
     for name in wanted:
         if name not in names:
-            raise DataError(
-                f"{url} has no column {name!r}, only {', '.join(names) or 'none'}: give source.columns.* their names, "
-                "and null to one that is not there"
-            )
+            raise DataError(f"{url} has no column {name!r}, only {', '.join(names) or 'none'}: {way_out}")
 
 
 @contextlib.contextmanager

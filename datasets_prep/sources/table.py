@@ -27,6 +27,7 @@ from datasets_prep.sources.rows import read_rows
 
 log = logging.getLogger(__name__)
 NO_FILE = -1
+RENAME = "give source.columns.* their names, and null to one that is not there"
 
 
 class Part(NamedTuple):
@@ -109,7 +110,7 @@ def _rows(config: TableConfig) -> Iterator[Row]:
     """Rows of all tables, test first."""
     wanted = [name for name in config.columns.model_dump().values() if name is not None]
     for split, url in (("test", config.test), ("val", config.val), ("train", config.train)):
-        for where, values in read_rows(url, wanted) if url else ():
+        for where, values in read_rows(url, wanted, RENAME) if url else ():
             row = _row(where, values, split, config.columns)
             if config.val is None:
                 row = row._replace(split=sys.intern(carve(split, row.source_id, config.carve_val)))

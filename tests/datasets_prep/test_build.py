@@ -12,6 +12,7 @@ from common import config as configs
 from common import shards, storage
 from common.errors import DataError, RunError
 from datasets_prep import build as build_module
+from datasets_prep import tasks
 from datasets_prep.build import build, summary
 from datasets_prep.verify import verify
 from tests import entry
@@ -161,9 +162,9 @@ def test_a_decoder_that_hangs_fails_its_shard_after_all_attempts(
     annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Time on the wall says nothing about a clip, so it is not rejected; the same command goes on later."""
-    monkeypatch.setattr(build_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(tasks, "FIRST_WAIT_S", 0.01)
     with pytest.raises(
-        RunError, match=r"train/shard-000000.tar could not be built in 5 attempts .*small.mp4: ffmpeg did"
+        RunError, match=r"train/shard-000000.tar could not be made in 5 attempts .*small.mp4: ffmpeg did"
     ):
         build_custom(tmp_path / "out", annotate(GOOD), videos, "video.timeout_s=0.001")
     assert not (tmp_path / "out/dataset.json").exists()
@@ -206,7 +207,7 @@ def test_a_split_without_readable_clips_is_left_out(
 def test_a_video_that_vanishes_is_no_rejected_clip(
     annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(tasks, "FIRST_WAIT_S", 0.01)
     real = build_module._claim
     monkeypatch.setattr(build_module, "_claim", lambda *a: (real(*a), (tmp_path / "in/a.mp4").unlink()))
     (tmp_path / "in").mkdir()
@@ -268,11 +269,22 @@ def test_cpus_that_no_node_has(annotate: Annotate, videos: Path, tmp_path: Path,
         build_custom(tmp_path / "out", annotate(GOOD), videos, "cpus_per_task=1000")
 
 
-def test_a_job_refuses_a_relative_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["output=data"], "output=data"),
+        (["output=/data", "source.videos=v"], "source.videos=v"),
+        (["output=/data", "source.annotations=a.csv"], "source.annotations=a.csv"),
+    ],
+)
+def test_a_job_refuses_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], told: str
+) -> None:
     (tmp_path / "_ray_pkg_0").mkdir()
     monkeypatch.chdir(tmp_path / "_ray_pkg_0")
-    with pytest.raises(configs.ConfigError, match="output=data is relative"):
-        build(load("tiny", "data"))
+    config = load("custom", "/out", "source.annotations=/a.csv", "source.videos=/v", *overrides)
+    with pytest.raises(configs.ConfigError, match=f"^{told} is relative"):
+        build(config)
 
 
 def test_real_web_videos(annotate: Annotate, tmp_path: Path, shared: Path, ray_local: RayCluster) -> None:

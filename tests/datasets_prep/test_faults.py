@@ -146,20 +146,52 @@ def test_two_drivers_at_once(
     assert objects(output) == undisturbed
 
 
-def test_storage_that_is_down(
+def stop_storage(server: S3Server) -> list[str]:
+    """Kill the S3 server; its command."""
+    ((_, *argv),) = _kill(server.mark, "weed", "mini")
+    return argv
+
+
+def start_storage(server: S3Server, argv: list[str]) -> None:
+    weed = processes.path().partition(":")[0] + "/weed"
+    folder = Path(next(a for a in argv if a.startswith("-dir=")).removeprefix("-dir=")).parent
+    processes.start([weed, *argv], dict(os.environ), server.mark, folder / "s3.log")
+
+
+def test_storage_that_is_down_for_a_minute(
     nodes: RayCluster, s3_alone: S3Server, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = "s3://faults/storage"
     driver = start(nodes, arguments, output, tmp_path / "log")
     wait_for_markers(output, 3)
-    ((_, *argv),) = _kill(s3_alone.mark, "weed", "mini")
-    time.sleep(45)
+    argv = stop_storage(s3_alone)
+    time.sleep(60)
     assert driver.poll() is None, (tmp_path / "log").read_text()
-    weed = processes.path().partition(":")[0] + "/weed"
-    folder = Path(next(a for a in argv if a.startswith("-dir=")).removeprefix("-dir=")).parent
-    processes.start([weed, *argv], dict(os.environ), s3_alone.mark, folder / "s3.log")
+    start_storage(s3_alone, argv)
     assert "again in" in finish(driver, tmp_path / "log")
     assert objects(output) == undisturbed
+
+
+def test_storage_that_is_down_when_a_build_begins(
+    nodes: RayCluster, s3_alone: S3Server, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The driver says so and ends; nothing that it left is in the way of the next."""
+    output = "s3://faults/begin"
+    argv = stop_storage(s3_alone)
+    assert start(nodes, arguments, output, tmp_path / "log").wait(200) == 1
+    *_, told = (tmp_path / "log").read_text().splitlines()
+    assert told.startswith("error: cannot write bucket 'faults'") and "Traceback" not in told
+    start_storage(s3_alone, argv)
+    _wait_until(lambda: _answers("s3://faults/undisturbed"))
+    finish(start(nodes, arguments, output, tmp_path / "log"), tmp_path / "log")
+    assert objects(output) == undisturbed
+
+
+def _answers(url: str) -> bool:
+    try:
+        return bool(list(storage.list_files(url)))
+    except storage.StorageError:
+        return False
 
 
 def test_a_killed_node(nodes: RayCluster, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path) -> None:

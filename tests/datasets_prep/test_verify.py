@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local import RayCluster
 from common import shards
 from common.errors import DataError
 from datasets_prep import verify as verify_module
 from datasets_prep.verify import verify
-from tests.datasets_prep.builds import contents, files, run
+from tests.datasets_prep.builds import build_custom, contents, files, run
 
 
 def damage(path: Path, how: str) -> None:
@@ -89,6 +90,21 @@ def test_repair_builds_only_what_is_bad(
     assert "holds no config.yaml" in capsys.readouterr().err
 
 
+def test_repair_works_from_any_folder(
+    videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("video,caption,split\nsmall.mp4,x,train\n")
+    (tmp_path / "videos").symlink_to(videos)
+    monkeypatch.chdir(tmp_path)
+    build_custom("out", "a.csv", Path("videos"))
+    before = contents(tmp_path / "out")
+    damage(tmp_path / "out/train/shard-000000.tar", "flip")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(verify_module, "../out", "--repair", monkeypatch=monkeypatch) == 0
+    assert contents(tmp_path / "out") == before
+
+
 def rewrite(copy: Path, name: str, change: Callable[[bytearray, dict], object]) -> None:
     """Change a tar's bytes and make all indexes agree with it."""
     data, marker = bytearray((copy / name).read_bytes()), json.loads((copy / shards.marker_name(name)).read_text())
@@ -103,6 +119,22 @@ def rewrite(copy: Path, name: str, change: Callable[[bytearray, dict], object]) 
                 one["sha256"] = marker["sha256"] if one["name"] == name else one["sha256"]
 
     edit(copy / "dataset.json", entry)
+
+
+def test_verify_finds_a_video_that_is_in_two_shards(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["train/shard-000001.tar", "train/shard-000003.tar"]
+    first, second = (shards.read_marker(str(copy), name).samples[0].video_id for name in names)
+    assert len(first) == len(second)
+
+    def rename(data: bytearray, marker: dict) -> None:
+        marker["samples"][0]["video_id"] = first
+        offset, size = marker["samples"][0]["members"]["json"]
+        data[offset : offset + size] = data[offset : offset + size].replace(second.encode(), first.encode())
+
+    rewrite(copy, names[1], rename)
+    with pytest.raises(DataError, match=r"1 of 7 shards are damaged: train/shard-000003\.tar"):
+        verify(str(copy))
+    assert f"video {first!r} is also in train/shard-000001.tar" in caplog.text
 
 
 def test_verify_decodes_every_video(copy: Path) -> None:

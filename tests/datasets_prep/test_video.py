@@ -189,6 +189,15 @@ def test_bounds_depend_on_the_file_alone(
             video.convert_to_frames(videos / "wide.mp4", tmp_path, config, FramesConfig(), None, None)
 
 
+def test_frames_are_bounded_by_their_own_bytes(videos: Path, tmp_path: Path) -> None:
+    """Not by those of the lossless video that they are taken from."""
+    _, jpegs = video.convert_to_frames(videos / "wide.mp4", tmp_path, CONFIG, FramesConfig(), None, None)
+    size = sum(map(len, jpegs))
+    assert (tmp_path / "lossless.mp4").stat().st_size > size
+    config = CONFIG.model_copy(update={"max_bytes": size})
+    assert video.convert_to_frames(videos / "wide.mp4", tmp_path, config, FramesConfig(), None, None)[1] == jpegs
+
+
 def test_a_span_of_a_long_video_may_be_short(videos: Path, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_duration_s": 1.0})
     assert convert(videos / "wide.mp4", tmp_path, config, start=0.5, end=1.5).num_frames == 30
