@@ -241,6 +241,9 @@ def scaling(config: PrepBenchConfig) -> None:
             rates = [config.clips / row[f"{side} {workers}"]["tasks"] for row in rows]
             print(f"{side} {workers}: {rounds.spread(rates)} clips/s")
         print(f"{side} 2 / 1: {rounds.spread([row[f'{side} 1']['tasks'] / row[f'{side} 2']['tasks'] for row in rows])}")
+    for n in (1, 2):
+        ratios = [row[f"ffmpeg {n}"]["tasks"] / row[f"ours {n}"]["tasks"] for row in rows]
+        print(f"ours {n} / ffmpeg {n}: {rounds.spread(ratios)}")
 
 
 def upload(config: PrepBenchConfig) -> None:

@@ -15,7 +15,7 @@ import PIL
 import yaml
 
 from common import config as configs
-from common import logs, shards, storage
+from common import logs, retry, shards, storage
 from common.errors import AlreadyExistsError, RunError, exit_with
 from common.shards import DatasetIndex, ShardEntry, SplitIndex
 from datasets_prep import report, tasks, video
@@ -211,7 +211,7 @@ def _run(config: BuildConfig, plan: Plan, todo: list[Cut], output: str) -> Itera
 
 
 def _publish(data: bytes, output: str, name: str) -> None:
-    tasks.again(lambda: storage.publish_bytes(data, storage.join(output, name)))
+    retry.again(lambda: storage.publish_bytes(data, storage.join(output, name)))
 
 
 def _check_budget(config: BuildConfig, plan: Plan, reasons: Counter[str]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from common import config as configs
-from common import logs, shards, storage
+from common import logs, retry, shards, storage
 from common.errors import ConfigError, DataError, NoBucketError, NotFoundError, RunError, exit_with
 from common.shards import DatasetIndex, SplitIndex
 from datasets_prep import report, tasks
@@ -171,7 +171,7 @@ def _dataset(config: IndexConfig, plan_hash: str, found: list[Summary]) -> Datas
 
 def _publish(text: str, url: str) -> None:
     if not storage.exists(url) or storage.read(url) != text.encode():
-        tasks.again(lambda: storage.publish_bytes(text.encode(), url))
+        retry.again(lambda: storage.publish_bytes(text.encode(), url))
 
 
 def _reasons(found: Iterable[Summary]) -> Counter[str]:

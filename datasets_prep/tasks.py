@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
+from common import retry
 from common.errors import ConfigError, RunError, StorageError, told
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-ATTEMPTS = 5  # of one task
-FIRST_WAIT_S = 5.0  # before the second attempt, then twice as long each time: 75 s in all
 
 
 def run(
@@ -38,7 +37,7 @@ def run(
 
     Raises:
         ConfigError: `cpus` is more than any node has.
-        RunError, StorageError: a task failed `ATTEMPTS` times.
+        RunError, StorageError: a task failed `retry.ATTEMPTS` times.
         DataError and others: what `function` raised.
     """
     if not names:
@@ -66,22 +65,10 @@ def run(
                 yield ray.get(reference)
             except ray.exceptions.RayError as error:
                 failures[place] += 1
-                wait_s = FIRST_WAIT_S * 2 ** (failures[place] - 1)
-                reason = _temporary(error, names[place], is_last=failures[place] == ATTEMPTS)
+                wait_s = retry.wait_s(failures[place])
+                reason = _temporary(error, names[place], is_last=failures[place] == retry.ATTEMPTS)
                 log.warning("%s: %s; again in %.0f s", names[place], reason, wait_s)
                 heapq.heappush(waiting, (time.monotonic() + wait_s, place))
-
-
-def again(act: Callable[[], T]) -> T:
-    """`act()`, in this process, tried as often: work of days is not lost to a minute without storage."""
-    for attempt in range(1, ATTEMPTS):
-        try:
-            return act()
-        except StorageError as error:
-            wait_s = FIRST_WAIT_S * 2 ** (attempt - 1)
-            log.warning("%s; again in %.0f s", error, wait_s)
-            time.sleep(wait_s)
-    return act()
 
 
 def _temporary(error: ray.exceptions.RayError, name: str, is_last: bool) -> str:
@@ -94,7 +81,7 @@ def _temporary(error: ray.exceptions.RayError, name: str, is_last: bool) -> str:
         raise known
     if is_last:
         kind = type(known) if known else RunError
-        raise kind(f"{name} could not be made in {ATTEMPTS} attempts ({reason}): run again to go on") from None
+        raise kind(f"{name} could not be made in {retry.ATTEMPTS} attempts ({reason}): run again to go on") from None
     return reason
 
 

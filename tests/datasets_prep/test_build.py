@@ -9,10 +9,9 @@ import webdataset
 
 from cluster.local import RayCluster
 from common import config as configs
-from common import shards, storage
+from common import retry, shards, storage
 from common.errors import DataError, RunError
 from datasets_prep import build as build_module
-from datasets_prep import tasks
 from datasets_prep.build import build, summary
 from datasets_prep.verify import verify
 from tests import entry
@@ -162,7 +161,7 @@ def test_a_decoder_that_hangs_fails_its_shard_after_all_attempts(
     annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Time on the wall says nothing about a clip, so it is not rejected; the same command goes on later."""
-    monkeypatch.setattr(tasks, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     with pytest.raises(
         RunError, match=r"train/shard-000000.tar could not be made in 5 attempts .*small.mp4: ffmpeg did"
     ):
@@ -207,7 +206,7 @@ def test_a_split_without_readable_clips_is_left_out(
 def test_a_video_that_vanishes_is_no_rejected_clip(
     annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     real = build_module._claim
     monkeypatch.setattr(build_module, "_claim", lambda *a: (real(*a), (tmp_path / "in/a.mp4").unlink()))
     (tmp_path / "in").mkdir()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common import retry
 from common.errors import DataError, StorageError
 from datasets_prep import tasks
 
@@ -35,7 +36,7 @@ def work(folder: str, name: str, how: str, times: int) -> str:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
 
 
 def run(folder: Path, how: str, times: int) -> list[str]:
@@ -58,7 +59,7 @@ def test_a_fault_of_the_node_or_the_storage_is_tried_again(
 def test_but_not_for_ever(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"^b could not be made in 5 attempts \(no answer\): run again to go on$"):
         run(tmp_path, "storage", 99)
-    assert len(list(tmp_path.glob("b-*"))) == tasks.ATTEMPTS
+    assert len(list(tmp_path.glob("b-*"))) == retry.ATTEMPTS
 
 
 @pytest.mark.parametrize(("how", "error"), [("file", DataError), ("defect", ZeroDivisionError)])
@@ -80,16 +81,3 @@ def test_no_more_at_once_than_asked(tmp_path: Path) -> None:
         return there
 
     assert set(tasks.run(alone, list("abcd"), lambda _: (str(tmp_path),), workers=1)) == {1}
-
-
-def test_the_driver_waits_for_the_storage_too() -> None:
-    answers = [StorageError("down"), StorageError("down"), None]
-
-    def act() -> str:
-        if error := answers.pop(0):
-            raise error
-        return "there"
-
-    assert tasks.again(act) == "there"
-    with pytest.raises(StorageError, match="for good"):
-        tasks.again(lambda: _raise(StorageError("for good")))
