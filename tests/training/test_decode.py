@@ -1,5 +1,6 @@
 """Which frames are taken, and how they become pixels."""
 
+import io
 import subprocess
 
 import imageio_ffmpeg
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from common.errors import DataError
 from training.data.decode import FrameSettings, decode_clip, draws, frame_indices, random_crop, resize
@@ -84,6 +86,67 @@ def test_resize_keeps_a_constant_and_stays_in_range():
     small = resize(checker, 20)
     assert small.dtype == torch.uint8 and small.shape == (2, 3, 20, 20)
     assert torch.equal(resize(torch.full((1, 3, 64, 64), 7, dtype=torch.uint8), 20), small.new_full((1, 3, 20, 20), 7))
+
+
+def picture(height: int, width: int) -> Image.Image:
+    """Noise on a coloured ramp: every frequency, and edges in colour."""
+    rows, columns = np.mgrid[:height, :width]
+    ramp = np.stack([rows * 255 // height, columns * 255 // width, (rows // 8 + columns // 8) % 2 * 255], axis=-1)
+    noise = np.random.default_rng(0).integers(-40, 40, ramp.shape)
+    return Image.fromarray((ramp + noise).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [20, 97, 224])
+def test_resize_gives_pillows_pixels_to_within_1(size: int):
+    image = picture(113, 150)
+    small = resize(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], size)
+    theirs = torch.from_numpy(np.array(image.resize((size, size), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (small[0].int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 2}, {"subsampling": 0}, {"progressive": 1}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_give_pillows_pixels_to_within_1(mode: str, options: dict[str, int]):
+    data = jpeg(picture(97, 97).convert(mode), **options)
+    frames = decode_clip([data], FrameSettings(1, 1, 97))
+    theirs = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+    # Another libjpeg may round otherwise. Faster settings of ours would be off by 9 (fastdct) to 70 (fastupsample).
+    assert (frames[0].int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [16, 48])
+def test_jpegs_are_repeated_in_order_and_contiguous(size: int, flip: bool):
+    jpegs = [jpeg(Image.new("RGB", (64, 48), (8 * n, 8 * n, 8 * n))) for n in (5, 9, 20)]
+    frames = decode_clip(jpegs, FrameSettings(3, 2, size, flip=flip), draws(0, 2, "a"))
+    assert brightness(frames) == [5, 9, 20, 5, 9, 20]
+    assert frames.is_contiguous()
+
+
+BROKEN = [
+    jpeg(picture(48, 64))[:900],
+    jpeg(picture(48, 64))[:-2],
+    jpeg(picture(48, 64))[:20],
+    b"\xff\xd8",
+    b"\xff\xd8" + bytes(500),
+]
+
+
+@pytest.mark.parametrize("data", BROKEN)
+def test_broken_jpegs_are_one_sentence(data: bytes):
+    with pytest.raises(DataError, match=r"^cannot decode: [^\n]+$"):
+        decode_clip([data], FrameSettings(6, 1, 32))
+
+
+def test_jpegs_of_different_sizes_are_one_sentence():
+    with pytest.raises(DataError, match=r"^cannot decode: [^\n]+$"):
+        decode_clip([jpeg(picture(48, 64)), jpeg(picture(50, 64))], FrameSettings(2, 1, 32))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a video", bytes(5000)])
