@@ -82,7 +82,8 @@ def build_here(config: PrepBenchConfig, workers: int) -> float:
 
     from datasets_prep import build as build_module
 
-    ray.init(num_cpus=workers, logging_level=logging.WARNING)
+    # A worker node of a cluster has no dashboard of its own.
+    ray.init(num_cpus=workers, include_dashboard=False, logging_level=logging.WARNING)
     ready = ray.remote(num_cpus=1)(_imported)
     ray.get([ready.remote() for _ in range(workers)])
     began: list[float] = []
@@ -209,7 +210,7 @@ def _per_shard(config: PrepBenchConfig) -> int:
 
 
 def peer(config: PrepBenchConfig) -> None:
-    folder, cores = _inputs(config), config.cores
+    folder, cores = inputs(config), config.cores
     sides: dict[str, Callable[[], Times]] = {
         "ours": lambda: ours(config, folder, cores, cores),
         "ffmpeg": lambda: plain_ffmpeg(config, folder, cores, cores),
@@ -228,7 +229,7 @@ def peer(config: PrepBenchConfig) -> None:
 
 
 def scaling(config: PrepBenchConfig) -> None:
-    folder = _inputs(config)
+    folder = inputs(config)
     sides: dict[str, Callable[[], Times]] = {
         "ours 1": lambda: ours(config, folder, 2, 1),
         "ours 2": lambda: ours(config, folder, 2, 2),
@@ -287,7 +288,7 @@ MODES: dict[str, Callable[[PrepBenchConfig], None]] = {
 }
 
 
-def _inputs(config: PrepBenchConfig) -> Path:
+def inputs(config: PrepBenchConfig) -> Path:
     """The test videos and both sides' lists of them; made once per size. Three kinds of picture, one long GOP each."""
     name = f"{config.clips}x{config.seconds:g}s-{config.size}-{config.rate}"
     folder = Path(config.folder).absolute() / name
