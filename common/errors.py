@@ -21,6 +21,10 @@ class StorageError(ProjectError):
     """Reading or writing a URL failed."""
 
 
+class NoSpaceError(StorageError):
+    """The disk that the URL lies on is full."""
+
+
 class NotFoundError(StorageError):
     """The URL names no object."""
 

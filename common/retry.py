@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.errors import NotFoundError, StorageError
+from common.errors import NoSpaceError, NotFoundError, StorageError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -19,11 +19,14 @@ def wait_s(failures: int) -> float:
 
 
 def again(act: Callable[[], T]) -> T:
-    """`act()`, tried `ATTEMPTS` times as long as it raises StorageError; what does not exist is not waited for."""
+    """`act()`, tried `ATTEMPTS` times as long as it raises StorageError.
+
+    What does not exist, and room on a full disk, are not waited for.
+    """
     for failures in range(1, ATTEMPTS):
         try:
             return act()
-        except NotFoundError:
+        except (NotFoundError, NoSpaceError):
             raise
         except StorageError as error:
             log.warning("%s; again in %.0f s", error, wait_s(failures))

@@ -6,6 +6,7 @@ Whatever is written appears whole or not at all.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from common.errors import AlreadyExistsError, NoBucketError, NotFoundError, StorageError
+from common.errors import AlreadyExistsError, NoBucketError, NoSpaceError, NotFoundError, StorageError
 
 MULTIPART_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
@@ -283,7 +284,8 @@ def _told(url: str, verb: str) -> Iterator[None]:
     except FileExistsError:
         raise AlreadyExistsError(f"{url} already exists") from None
     except OSError as error:
-        raise StorageError(f"cannot {verb} {url}: {error.strerror or error}") from None
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+        raise kind(f"cannot {verb} {url}: {error.strerror or error}") from None
     except Exception as error:
         if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer", "urllib3")):
             raise

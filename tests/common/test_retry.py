@@ -3,7 +3,7 @@
 import pytest
 
 from common import retry
-from common.errors import NotFoundError, StorageError
+from common.errors import NoSpaceError, NotFoundError, StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_gives_up(waits: list[float]) -> None:
     assert act.calls == retry.ATTEMPTS
 
 
-@pytest.mark.parametrize("error", [NotFoundError("gone"), ZeroDivisionError("ours")])
+@pytest.mark.parametrize("error", [NotFoundError("gone"), NoSpaceError("full"), ZeroDivisionError("ours")])
 def test_what_waiting_would_not_change_is_raised_at_once(error: Exception, waits: list[float]) -> None:
     act = Fails(error, 99)
     with pytest.raises(type(error)):

@@ -5,12 +5,12 @@ import fcntl
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from common import shards, storage
-from common.errors import DataError, StorageError
+from common import retry, shards, storage
+from common.errors import DataError, NoSpaceError, StorageError
 from common.shards import ShardEntry, ShardIndex
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,15 @@ class ShardCache:
         tar.parent.mkdir(parents=True, exist_ok=True)
         with _locked(tar.with_suffix(".lock")):
             if not marker.exists():
-                storage.download(storage.join(self.url, shards.marker_name(entry.name)), marker)
+                source = storage.join(self.url, shards.marker_name(entry.name))
+                self._with_room(entry.bytes, lambda: storage.download(source, marker))
             if not tar.exists():
-                self._make_room(entry.bytes)
-                self._download(entry, tar)
+                if entry.bytes > self.limit_bytes:
+                    raise StorageError(
+                        f"data.cache_bytes={self.limit_bytes} is less than one shard of {entry.bytes} bytes: raise it"
+                    )
+                self._evict(self.limit_bytes - entry.bytes)
+                self._with_room(entry.bytes, lambda: self._download(entry, tar))
             os.utime(tar)
         return tar
 
@@ -58,21 +63,36 @@ class ShardCache:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return shards.fetch_shard(self.url, entry, tar)
-            except Exception as error:
+            except DataError as error:  # perhaps on the way only
                 if attempt == ATTEMPTS:
                     raise
                 log.warning("%s (attempt %d of %d)", error, attempt, ATTEMPTS)
 
-    def _make_room(self, needed: int) -> None:
-        if needed > self.limit_bytes:
-            raise StorageError(
-                f"data.cache_bytes={self.limit_bytes} is less than one shard of {needed} bytes: raise it"
+    def _with_room(self, needed: int, act: Callable[[], object]) -> None:
+        """`act()`, patient with the storage; on a full disk after removing what was used longest ago."""
+        try:
+            retry.again(act)
+        except NoSpaceError:
+            log.warning(
+                "the disk of data.cache=%s is full below data.cache_bytes: removing %d bytes", self.root, needed
             )
+            used = sum(size for _, size, _ in _tars(self.root))
+            self._evict(used - needed)
+            try:
+                retry.again(act)
+            except NoSpaceError:
+                raise NoSpaceError(
+                    f"data.cache={self.root} has no room for a shard of {needed} bytes: make room on that disk, or "
+                    "give a folder on a larger one"
+                ) from None
+
+    def _evict(self, limit: int) -> None:
+        """Remove tars, the least recently used first, until they take no more than `limit` bytes."""
         with _locked(self.root / "evict.lock"):
             tars = list(_tars(self.root))
             used = sum(size for _, size, _ in tars)
             for _, size, path in sorted(tars):
-                if used + needed <= self.limit_bytes:
+                if used <= limit:
                     break
                 path.unlink(missing_ok=True)
                 used -= size
