@@ -1,21 +1,20 @@
 """Whatever is killed during a build, the same bytes are there in the end and only unfinished shards are built again."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster import processes
 from cluster.local import RayCluster, S3Server, start_ray, start_s3
 from common import storage
 from datasets_prep.verify import verify
 from tests.conftest import RAY_FOLDER, REPOSITORY
 from tests.datasets_prep.conftest import ffmpeg, picture
+from tests.faults import answers, kill, start_storage, stop_storage, wait_until
 
 pytestmark = pytest.mark.slow
 SHARDS = 14
@@ -80,34 +79,8 @@ def wait_for_markers(output: str, count: int) -> dict[str, bytes]:
     def markers() -> list[str]:
         return [e.url for e in storage.list_files(output) if "/shard-" in e.url and e.url.endswith(".json")]
 
-    _wait_until(lambda: len(markers()) >= count)
+    wait_until(lambda: len(markers()) >= count)
     return objects(output)
-
-
-def _wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def _commands(mark: str) -> dict[int, bytes]:
-    found = {}
-    for pid in processes.alive(mark):
-        try:
-            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-    return found
-
-
-def _kill(mark: str, *words: str) -> list[list[str]]:
-    """SIGKILL the processes with all these words in their command; the commands."""
-    matching = {pid: c for pid, c in _commands(mark).items() if all(word.encode() in c for word in words)}
-    assert matching, words
-    for pid in matching:
-        os.kill(pid, signal.SIGKILL)
-    return [[os.fsdecode(part) for part in command.split(b"\0")[:-1]] for command in matching.values()]
 
 
 def test_a_killed_worker(
@@ -116,7 +89,7 @@ def test_a_killed_worker(
     output = "s3://faults/worker"
     driver = start(nodes, arguments, output, tmp_path / "log")
     wait_for_markers(output, 3)
-    _kill(nodes.mark, "ray::write_shard")
+    kill(nodes.mark, "ray::write_shard")
     assert "again in 5 s" in finish(driver, tmp_path / "log")
     assert objects(output) == undisturbed
 
@@ -146,18 +119,6 @@ def test_two_drivers_at_once(
     assert objects(output) == undisturbed
 
 
-def stop_storage(server: S3Server) -> list[str]:
-    """Kill the S3 server; its command."""
-    ((_, *argv),) = _kill(server.mark, "weed", "mini")
-    return argv
-
-
-def start_storage(server: S3Server, argv: list[str]) -> None:
-    weed = processes.path().partition(":")[0] + "/weed"
-    folder = Path(next(a for a in argv if a.startswith("-dir=")).removeprefix("-dir=")).parent
-    processes.start([weed, *argv], dict(os.environ), server.mark, folder / "s3.log")
-
-
 def test_storage_that_is_down_for_a_minute(
     nodes: RayCluster, s3_alone: S3Server, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -182,22 +143,15 @@ def test_storage_that_is_down_when_a_build_begins(
     *_, told = (tmp_path / "log").read_text().splitlines()
     assert told.startswith("error: cannot write bucket 'faults'") and "Traceback" not in told
     start_storage(s3_alone, argv)
-    _wait_until(lambda: _answers("s3://faults/undisturbed"))
+    wait_until(lambda: answers("s3://faults/undisturbed"))
     finish(start(nodes, arguments, output, tmp_path / "log"), tmp_path / "log")
     assert objects(output) == undisturbed
-
-
-def _answers(url: str) -> bool:
-    try:
-        return bool(list(storage.list_files(url)))
-    except storage.StorageError:
-        return False
 
 
 def test_a_killed_node(nodes: RayCluster, arguments: list[str], undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     output = "s3://faults/node"
     driver = start(nodes, arguments, output, tmp_path / "log")
     wait_for_markers(output, 3)
-    _kill(nodes.mark, "raylet/raylet", f"{nodes.temp}/2/")
+    kill(nodes.mark, "raylet/raylet", f"{nodes.temp}/2/")
     assert "again in" in finish(driver, tmp_path / "log")
     assert objects(output) == undisturbed
