@@ -19,8 +19,8 @@ from common.shards import ShardEntry
 from retrieval.config import PRESETS, EmbedConfig
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
 from retrieval.encoder import Embedder, encode_sentences, load_two_tower
-from training.checkpoint import weights_sha256
 from training.train import connect
+from training.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 WAIT_S = 30.0

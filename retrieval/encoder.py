@@ -20,13 +20,13 @@ from common.shards import SampleIndex, SampleInfo, ShardEntry
 from retrieval.config import EmbedConfig
 from retrieval.embeddings import Source, Videos, part_name, write_part
 from training import models
-from training.checkpoint import load_run, weights_sha256
 from training.config import TrainConfig
 from training.data import decode
 from training.data.cache import ShardCache
 from training.data.loader import eval_frames
 from training.encode import encode_clips
 from training.models import TwoTower
+from training.weights import load_run, weights_sha256
 
 
 def load_two_tower(run: str) -> tuple[TrainConfig, TwoTower]:

@@ -26,7 +26,7 @@ from retrieval.embeddings import Source
 from retrieval.encoder import encode_sentences, load_two_tower
 from retrieval.index import Index, open_index
 from retrieval.result import Hit, Result, table
-from training.checkpoint import weights_sha256
+from training.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 

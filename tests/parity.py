@@ -17,10 +17,10 @@ from torch import Tensor
 
 from common.errors import ConfigError, exit_with
 from training import losses, models
-from training.config import LossConfig, PromptSwitchConfig, TwoTowerConfig
+from training.config import PromptSwitchConfig, TwoTowerConfig
 from training.models.captioner import counted_positions
 from training.models.clip import clip_from_config
-from training.models.two_tower import TwoTower
+from training.models.two_tower import Outputs, TwoTower
 
 Values = Mapping[str, Tensor]
 
@@ -76,7 +76,7 @@ def run(model: TwoTower, inputs: Values, dtype: torch.dtype) -> dict[str, Tensor
     video, tokens = inputs["video"].to(dtype), inputs["text"]
     outputs = model(video, tokens)
     weights = inputs["token_weight"].to(dtype)
-    parts = losses.compute(outputs, LossConfig(contrastive=1.0, caption=0.5), weights)
+    parts = objective(outputs, tokens, weights)
     torch.stack(list(parts.values())).sum().backward()
     assert outputs.video.vector_BD is not None and outputs.caption_logits_KV is not None
     found = {
@@ -91,6 +91,16 @@ def run(model: TwoTower, inputs: Values, dtype: torch.dtype) -> dict[str, Tensor
         if parameter.grad is not None:
             found[f"grad.{name.removeprefix('clip.')}"] = parameter.grad
     return {k: v.detach() for k, v in found.items()}
+
+
+def objective(outputs: Outputs, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Both losses of one whole batch in one process, written down as the paper has them."""
+    assert outputs.video.vector_BD is not None
+    contrastive = losses.contrastive(
+        outputs.text.vector_TD, outputs.video.vector_BD, outputs.logit_scale, [len(tokens)]
+    )
+    caption = losses.caption(outputs, weights, losses.caption_total(tokens, weights))
+    return {"contrastive": contrastive, "caption": 0.5 * caption}
 
 
 def allowed(key: str, reference: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,31 +1,35 @@
-"""A run's folder: resume checkpoints (Ray's list), `best/` weights, and loading either.
+"""Resume checkpoints: Ray Train's list of the newest, each whole, checksummed and plain data.
 
-STORAGE/NAME/config.yaml              the resolved configuration; a preset
-STORAGE/NAME/identity.json            what must not change between starts
-STORAGE/NAME/best/model.safetensors   the best weights so far, with their metrics in the file's header
-STORAGE/NAME/checkpoint_*             Ray Train's newest ones, for resume
+STORAGE/NAME/checkpoint_*/state.pt       model, optimiser, moving average, position
+STORAGE/NAME/checkpoint_*/state.sha256   of state.pt
+
+No random state is among them: every draw is a function of the seed and of the step or the sample.
 """
 
+import functools
 import hashlib
-import json
+import logging
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import ray.train
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch.optim import Optimizer
+from ray.train import CheckpointUploadMode
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel
 
-from common import config as configs
-from common import storage
-from common.errors import NotFoundError, RunError
-from training import models
+from common import retry, storage
+from common.errors import DataError, NotFoundError, RunError, StorageError
+from training.collectives import gather_objects
 from training.config import TrainConfig
 from training.models import TwoTower
+from training.weights import run_url
 
-STATE = "state.pt"
+log = logging.getLogger(__name__)
+STATE, SHA256 = "state.pt", "state.sha256"
 
 
 class Position(NamedTuple):
@@ -35,98 +39,132 @@ class Position(NamedTuple):
     best: float | None = None
 
 
-def run_url(config: TrainConfig) -> str:
-    """The folder of a run, absolute."""
-    return storage.join(storage.absolute(config.run.storage), config.run.name)
+class State(NamedTuple):
+    """All that an optimiser step changes. `ema` is the moving average of the model, or None."""
+
+    model: TwoTower
+    optimizer: AdamW
+    ema: AveragedModel | None = None
+
+    @property
+    def best(self) -> TwoTower:
+        """What is evaluated and kept."""
+        return self.model if self.ema is None else cast(TwoTower, self.ema.module)
+
+    def values(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._asdict().items() if part is not None}
+
+    def load(self, values: dict[str, Any]) -> None:
+        for name, part in self._asdict().items():
+            if part is not None:
+                part.load_state_dict(values[name])
 
 
-def report(model: TwoTower, optimizer: Optimizer, position: Position, metrics: dict[str, float]) -> None:
-    """Save a resume checkpoint and hand it to Ray Train. A barrier: every rank calls it at the same steps."""
+def report(
+    config: TrainConfig, state: State, position: Position, metrics: dict[str, float], in_background: bool
+) -> None:
+    """Save a resume checkpoint and hand it to Ray Train. A barrier: every rank calls it at the same steps.
+
+    In the background, training goes on during the upload; the next call waits for it. An upload that fails ends the
+    attempt, and Ray starts the workers again.
+    """
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(metrics)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": position.step,
-            "best": position.best,
-            "rng": torch.get_rng_state(),
-        }
-        torch.save(state, Path(folder) / STATE)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    torch.save({**state.values(), **position._asdict()}, folder / STATE)
+    (folder / SHA256).write_text(_sha256(folder / STATE))
+    ray.train.report(
+        metrics,
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC if in_background else CheckpointUploadMode.SYNC,
+        checkpoint_upload_fn=functools.partial(_upload, run_url(config), config.checkpoint.upload_timeout_s),
+        delete_local_checkpoint_after_upload=True,
+    )
 
 
-def restore(model: TwoTower, optimizer: Optimizer) -> Position:
-    """Load the run's newest checkpoint if there is one; returns where to go on."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return Position()
-    with checkpoint.as_directory() as folder:
-        # Tensors and plain containers only: a checkpoint can't run code.
-        state = torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    return Position(state["step"], state["best"])
+def _upload(run: str, timeout_s: float, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Ray lists a checkpoint only after this returns, so half of one is never met."""
+
+    def publish() -> None:
+        for file in (STATE, SHA256):
+            storage.publish(Path(checkpoint.path) / file, storage.join(run, name, file))
+
+    _within(timeout_s, lambda: retry.again(publish), f"the upload of {storage.join(run, name)}")
+    place = ray.train.get_context().get_storage()
+    return ray.train.Checkpoint(f"{place.experiment_fs_path}/{name}", place.storage_filesystem)
 
 
-def save_best(run: str, model: TwoTower, step: int, metrics: dict[str, float]) -> None:
-    """Publish the weights as `best/`, whole or not at all. One file, so weights and metrics never disagree."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        header = {"step": str(step), "metrics": json.dumps(metrics)}
-        safetensors.torch.save_file(weights, path, metadata=header)
-        storage.publish(path, best_url(run))
+def _within(timeout_s: float, act: Callable[[], None], what: str) -> None:
+    """`act()`, or StorageError after `timeout_s`: a connection that neither moves nor breaks would block for ever."""
+    errors: list[BaseException] = []
 
-
-def best_url(run: str) -> str:
-    return storage.join(run, "best", "model.safetensors")
-
-
-def load_best(run: str, model: TwoTower) -> dict[str, Any]:
-    """Load `best/` of a run into a model; returns its header ({"step", "metrics"}). Raises RunError."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
+    def run() -> None:
         try:
-            storage.download(best_url(run), path)
-            with safe_open(path, "pt") as file:
-                header = file.metadata()
-            model.load_state_dict(safetensors.torch.load_file(path))
-        except NotFoundError:
-            raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
-        except (SafetensorError, RuntimeError) as error:
-            raise RunError(f"{best_url(run)} does not fit its config.yaml: {str(error).splitlines()[0]}") from None
-    return {"step": int(header["step"]), "metrics": json.loads(header["metrics"])}
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # not waited for when the process ends
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise StorageError(f"{what} did not end within checkpoint.upload_timeout_s={timeout_s:g}: raise it")
+    if errors:
+        raise errors[0]
 
 
-def load_config(run: str) -> TrainConfig:
-    """The configuration of a run by its folder or config.yaml. Raises RunError, ConfigError."""
-    url = run if run.endswith(".yaml") else storage.join(run, "config.yaml")
-    try:
-        return configs.load(TrainConfig, url)
-    except NotFoundError:
-        raise RunError(f"{url} does not exist: {run} is not the folder of a run (STORAGE/NAME)") from None
+def restore(config: TrainConfig, state: State) -> Position:
+    """Load the run's newest whole checkpoint if there is one; returns where to go on. A collective.
+
+    Raises:
+        RunError: there are checkpoints, but all are damaged.
+    """
+    reported = ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
+    for one in reversed(reported):
+        try:
+            values = _read(run_url(config), Path(one.checkpoint.path).name)
+        except DataError as error:
+            log.warning("%s: going on from the one before", error)
+            continue
+        state.load(values)
+        position = Position(values["step"], values["best"])
+        break
+    else:
+        if reported:
+            raise RunError(f"all {len(reported)} checkpoints are damaged: choose a new run.name to begin again")
+        position = Position()
+    found = gather_objects(position.step)
+    if len(set(found)) > 1:
+        raise StorageError(f"the ranks read checkpoints of different steps, {found}: the storage is not consistent")
+    return position
 
 
-def load_run(run: str) -> tuple[TrainConfig, TwoTower]:
-    """A run's configuration and its model with the best weights, in eval mode on the CPU. Raises RunError."""
-    run = run.removesuffix("/config.yaml").rstrip("/")
-    config = load_config(run)
-    # The run's weights replace whatever the backbone started from.
-    model = models.build(config.model.model_copy(update={"pretrained": None}))
-    load_best(run, model)
-    return config, model.eval()
+def _read(run: str, name: str) -> dict[str, Any]:
+    """A checkpoint's values. Each rank takes its own copy: Ray's shared one on a node may go while it is read.
+
+    Raises:
+        DataError: it is not as it was written.
+    """
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        path, url = Path(folder) / STATE, storage.join(run, name)
+        try:
+            found = retry.again(lambda: storage.download(storage.join(url, STATE), path))
+            expected = retry.again(lambda: storage.read(storage.join(url, SHA256)))
+        except NotFoundError as error:
+            raise DataError(f"checkpoint {name} is not whole ({error})") from None
+        if found != expected.decode():
+            raise DataError(f"checkpoint {name} is damaged")
+        # Tensors and plain containers only: a checkpoint can't run code.
+        values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return values
 
 
-def weights_sha256(run: str) -> str:
-    """Names the weights of `best/`, so that vectors and indexes can tell which model made them."""
-    digest = hashlib.sha256()
-    try:
-        with storage.open_stream(best_url(run)) as stream:
-            while chunk := stream.read(storage.CHUNK_BYTES):
-                digest.update(chunk)
-    except NotFoundError:
-        raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
-    return digest.hexdigest()
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_draining() -> bool:
+    """True while a node of this run is being taken away. A collective."""
+    return ray.train.get_preemption_info() is not None

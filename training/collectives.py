@@ -15,15 +15,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def row_counts(x: Tensor) -> list[int]:
-    """How many rows of `x` each rank holds."""
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
-    counts[rank()] = len(x)
-    if world_size() > 1:
-        dist.all_reduce(counts)
-    return counts.tolist()
-
-
 def gather(x_BD: Tensor, counts: list[int]) -> Tensor:
     """Rows of all ranks, in the order of the ranks, with gradients; `counts` are their numbers of rows."""
     return _Gather.apply(x_BD, counts) if world_size() > 1 else x_BD

@@ -117,6 +117,9 @@ class OptimConfig(Settings):
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon (official code: 1e-6; a random model needs 1e-8)")
     warmup: Fraction = Field(0.1, description="fraction of the steps with linear warm-up, then cosine to 0")
     grad_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of a moving average of the weights, which is what is evaluated and kept"
+    )
 
 
 class EvalConfig(Settings):
@@ -132,17 +135,30 @@ class EvalConfig(Settings):
 class CheckpointConfig(Settings):
     every: PositiveInt = Field(1000, description="steps between checkpoints; also at the end")
     keep: int = Field(2, ge=2, description="newest checkpoints kept for resume")
+    upload_timeout_s: PositiveInt = Field(900, description="seconds until an upload that does not end is an error")
 
 
 class WorkerConfig(Settings):
-    num_workers: PositiveInt | None = Field(None, description="ranks; null = one per GPU, else 2 on CPU")
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="ranks; [least, most] = as many as there is room for; null = one per GPU, else 2 on CPU"
+    )
+    chunk_size: PositiveInt | None = Field(
+        None, description="most videos in a forward pass: less memory, a third more work, the same update; null = all"
+    )
     use_gpu: bool | None = Field(None, description="null = if the cluster has GPUs")
     loader_workers: int = Field(4, ge=0, description="decoding processes per rank")
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs per rank; null = loader_workers + 1")
     threads: PositiveInt = Field(1, description="torch threads per rank on CPU")
     bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")
+    compile: bool = Field(False, description="torch.compile the towers: a minute at the start, then faster on GPUs")
+    checkpoint_activations: bool = Field(
+        False, description="make activations again in the backward pass: less memory, a third more work"
+    )
     max_failures: int = Field(3, ge=-1, description="restarts after a failed worker; -1 = without end")
     timeout_s: PositiveInt = Field(600, description="seconds until a hung collective is an error")
+    drain_every: PositiveInt = Field(
+        10, description="steps between looks whether a node is being taken away; while one is, each look saves"
+    )
     autoscale: bool = Field(False, description="the cluster grows: wait for resources that it does not have yet")
     start_timeout_s: PositiveInt = Field(600, description="seconds to wait for the workers' resources")
 
@@ -152,6 +168,9 @@ class TrackingConfig(Settings):
     experiment: str = Field("text-video-retrieval", description="MLflow experiment")
     artifacts: str | None = Field(None, description="artifact folder or s3:// URL of a new experiment; null = mlruns/")
     log_every: PositiveInt = Field(20, description="steps between log lines")
+    samples: str | None = Field(
+        None, description="local folder for a log of the video ids of every step and rank, to prove the order; null"
+    )
 
 
 class TrainConfig(Settings):
@@ -187,6 +206,9 @@ class TrainConfig(Settings):
                 "tracking.uri holds a password: leave it out and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD in the nodes' environment"
             )
+        ranks = self.workers.num_workers
+        if isinstance(ranks, tuple) and ranks[0] > ranks[1]:
+            raise ValueError(f"workers.num_workers={list(ranks)} is no range: write [least, most]")
         if not self.data.test and not self.data.val:
             raise ValueError("data.val and data.test are both null: nothing could be measured")
         return self

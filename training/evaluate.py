@@ -19,10 +19,10 @@ from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, exit_with, told
 from training import models
-from training.checkpoint import run_url
 from training.config import PRESETS, TrainConfig
 from training.loop import test_metrics
 from training.train import connect, scaling, with_absolute_paths
+from training.weights import run_url
 
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:

@@ -3,25 +3,31 @@
 Decisions depend on the step number only, so every rank makes the same ones.
 """
 
+import functools
+import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from common import logs, shards
+from common import logs, retry, shards
 from common.errors import RunError
-from training import checkpoint, losses, models, optim
+from training import checkpoint, losses, models, optim, weights
 from training.collectives import sum_over_ranks
 from training.config import TrainConfig
-from training.data.loader import EvalBatch, eval_loader, open_cache, train_loader
+from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
 from training.models.clip import frequent_ids
+from training.step import accumulate
 
 log = logging.getLogger(__name__)
 MAX_LOGIT_SCALE = 100.0
@@ -40,53 +46,74 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     device = ray.train.torch.get_device()
     torch.set_num_threads(config.workers.threads)
     torch.manual_seed(config.seed)
-    run = checkpoint.run_url(config)
+    run = weights.run_url(config)
 
     model = models.build(config.model).to(device)
-    ddp = DistributedDataParallel(model, find_unused_parameters=not config.losses.contrastive)
-    optimizer = optim.build(model, config.optim)
+    # No buffer changes in training, and ranks may run different numbers of forward passes.
+    ddp = DistributedDataParallel(
+        model,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=not config.losses.contrastive,
+    )
+    state = checkpoint.State(model, optim.build(model, config.optim), optim.average(model, config.optim))
+    if config.workers.checkpoint_activations:
+        model.clip.set_grad_checkpointing()
+    if config.workers.compile:
+        model.compile_towers()
     tokenize = models.tokenize(config.model)
     weights_V = token_weights(config, model).to(device)
-    position = checkpoint.restore(model, optimizer)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=use_bf16(config, device))
+    position = checkpoint.restore(config, state)
 
-    dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
+    dataset, dataset_sha256 = retry.again(lambda: shards.read_dataset(config.data.dataset))
     cache = open_cache(config, dataset_sha256)
+    counts = sample_order(config, dataset).counts(world_size)
     loader = train_loader(config, dataset, cache, position.step, rank, world_size)
     val = eval_loader(config, dataset, cache, config.data.val, rank, world_size) if config.data.val else None
     meter = Meter(config, rank, position.step, settings["metric_log"])
+    samples = SampleLog(config.tracking.samples, rank)
 
     for step, batch in enumerate(meter.timed(loader), start=position.step):
-        optim.set_lr(optimizer, config.optim, step)
-        frames, tokens = batch.frames_BFCHW.to(device, non_blocking=True), batch.tokens_BL.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config, device)):
-            parts = losses.compute(ddp(frames, tokens), config.losses, weights_V)
-        optimizer.zero_grad()
-        # The parts add up over ranks, and DDP takes the mean of the gradients.
-        (torch.stack(list(parts.values())).sum() * world_size).backward()
+        samples.write(step, batch)
+        torch.manual_seed(optim.seed_of(config.seed, step))  # a restart meets the same dropout
+        optim.set_lr(state.optimizer, config.optim, step)
+        state.optimizer.zero_grad()
+        frames = batch.frames_BFCHW.to(device, non_blocking=True)
+        parts = accumulate(
+            ddp, frames, batch.tokens_BL, config.losses, weights_V, counts, config.workers.chunk_size, autocast
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
-        optimizer.step()
+        state.optimizer.step()
         model.clip.logit_scale.data.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log().item())
+        if state.ema is not None:
+            state.ema.update_parameters(model)
         done = step + 1
+        meter.done(done)
         last = done == config.optim.steps
+        is_draining = done % config.workers.drain_every == 0 and checkpoint.is_draining()
+        is_saved = done % config.checkpoint.every == 0 or last or is_draining
 
-        if done % config.tracking.log_every == 0 or last:
+        # What is saved has been seen to be finite.
+        if done % config.tracking.log_every == 0 or is_saved:
             meter.log(done, parts, model.clip.logit_scale.exp())
         scores: dict[str, float] = {}
         if val is not None and (done % config.eval.every == 0 or last):
-            scores = evaluate(model, meter.paused(val), tokenize, config.eval, device)
+            scores = evaluate(state.best, meter.paused(val), tokenize, config.eval, device)
             meter.log_scores("val", done, scores)
             if position.best is None or scores[config.eval.select] > position.best:
                 position = position._replace(best=scores[config.eval.select])
                 if rank == 0:
-                    checkpoint.save_best(run, model, done, scores)
+                    weights.save_best(run, state.best, done, scores)
         position = position._replace(step=done)
-        if done % config.checkpoint.every == 0 or last:
-            checkpoint.report(model, optimizer, position, {"step": done, **scores})
+        if is_saved:
+            in_background = not (last or is_draining)
+            checkpoint.report(config, state, position, {"step": done, **scores}, in_background)
         elif scores:
             ray.train.report({"step": done, **scores})
 
     if rank == 0 and val is None:
-        checkpoint.save_best(run, model, position.step, {})
+        weights.save_best(run, state.best, position.step, {})
     return test_metrics(config, model, run, device, settings["metric_log"])
 
 
@@ -94,7 +121,7 @@ def test_metrics(config: TrainConfig, model: models.TwoTower, run: str, device: 
     """Metrics of the best weights on the test split, measured once; on the validation split if there is no test."""
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     sum_over_ranks(torch.zeros(1, device=device))  # rank 0 has published best/ before anybody reads it
-    header = checkpoint.load_best(run, model)
+    header = weights.load_best(run, model)
     split = config.data.test or config.data.val
     assert split is not None
     dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
@@ -121,12 +148,35 @@ def show(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if not name.startswith("v2t_"))
 
 
+class SampleLog:
+    """The video ids of every step of one rank, a line each, in a file per start: proves what was trained on."""
+
+    def __init__(self, folder: str | None, rank: int) -> None:
+        self.file = None
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.file = open(Path(folder) / f"{time.time_ns()}-{os.getpid()}-{rank}.jsonl", "w", buffering=1)  # noqa: SIM115
+
+    def write(self, step: int, batch: Batch) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "videos": batch.video_ids, "captions": batch.caption_ids}) + "\n")
+
+
 class Meter:
     """Throughput, share of time waiting for data, time left, and the metric log of rank 0."""
 
     def __init__(self, config: TrainConfig, rank: int, start_step: int, metric_log: Any) -> None:
         self.config, self.rank, self.metric_log = config, rank, metric_log
         self.last_step, self.last_time, self.waited = start_step, time.monotonic(), 0.0
+        if rank == 0 and metric_log is not None:
+            lost = ray.get(metric_log.lost_since.remote(start_step))
+            if start_step or lost:
+                log.info("going on at step %d; %d steps done after it are lost", start_step, lost)
+                metric_log.log.remote({"train/lost_steps": lost}, start_step)
+
+    def done(self, step: int) -> None:
+        if self.rank == 0 and self.metric_log is not None:
+            self.metric_log.reach.remote(step)
 
     def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches; the time until each arrives counts as waiting."""

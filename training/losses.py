@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from training.collectives import gather, rank, row_counts, sum_over_ranks
-from training.config import LossConfig
+from training.collectives import gather, rank, sum_over_ranks
+from training.models.captioner import counted_positions
 from training.models.two_tower import Outputs
 
 # The official code's list, with the start and end tokens added by `token_weights`.
@@ -22,24 +22,12 @@ FREQUENT_WORDS = (
 )
 
 
-def compute(outputs: Outputs, config: LossConfig, token_weights_V: Tensor | None) -> dict[str, Tensor]:
-    """This rank's part of each weighted loss; their sum is the objective."""
-    losses = {}
-    if config.contrastive:
-        assert outputs.video.vector_BD is not None
-        part = contrastive(outputs.text.vector_TD, outputs.video.vector_BD, outputs.logit_scale)
-        losses["contrastive"] = config.contrastive * part
-    if config.caption:
-        assert outputs.caption_logits_KV is not None and outputs.caption_targets_K is not None
-        assert token_weights_V is not None
-        part = caption(outputs.caption_logits_KV, outputs.caption_targets_K, token_weights_V)
-        losses["caption"] = config.caption * part
-    return losses
+def contrastive(text_BD: Tensor, video_BD: Tensor, logit_scale: Tensor, counts: list[int]) -> Tensor:
+    """Symmetric InfoNCE: row b of text and of video are a pair; all other rows, of every rank, are negatives.
 
-
-def contrastive(text_BD: Tensor, video_BD: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE: row b of text and of video are a pair; all other rows, of every rank, are negatives."""
-    counts = row_counts(text_BD)
+    Args:
+        counts: rows of each rank.
+    """
     texts_GD, videos_GD = gather(text_BD, counts), gather(video_BD, counts)
     labels_B = sum(counts[: rank()]) + torch.arange(len(text_BD), device=text_BD.device)
     to_video = cross_entropy(logit_scale * text_BD @ videos_GD.T, labels_B, reduction="sum")
@@ -47,11 +35,18 @@ def contrastive(text_BD: Tensor, video_BD: Tensor, logit_scale: Tensor) -> Tenso
     return (to_video + to_text) / (2 * len(texts_GD))
 
 
-def caption(logits_KV: Tensor, targets_K: Tensor, token_weights_V: Tensor) -> Tensor:
-    """Weighted token cross-entropy, normalised by the sum of the targets' weights over all ranks."""
+def caption_total(tokens_BL: Tensor, token_weights_V: Tensor) -> Tensor:
+    """The sum of the weights of all target tokens of the global batch. A collective."""
+    return sum_over_ranks(token_weights_V[tokens_BL[:, 1:][counted_positions(tokens_BL)]].sum())
+
+
+def caption(outputs: Outputs, token_weights_V: Tensor, total: Tensor) -> Tensor:
+    """Weighted token cross-entropy of a piece of the batch, normalised by the global batch's `caption_total`."""
+    assert outputs.caption_logits_KV is not None and outputs.caption_targets_K is not None
+    logits_KV = outputs.caption_logits_KV
+    logits_KV = logits_KV.float() if logits_KV.dtype.itemsize < 4 else logits_KV
     weights_V = token_weights_V.to(logits_KV.dtype)
-    total = sum_over_ranks(weights_V[targets_K].sum())
-    return cross_entropy(logits_KV, targets_K, weight=weights_V, reduction="sum") / total
+    return cross_entropy(logits_KV, outputs.caption_targets_K, weight=weights_V, reduction="sum") / total
 
 
 def token_weights(vocabulary: int, frequent_ids: list[int], weight: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import torch
 from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training.config import OptimConfig
 from training.models import TwoTower
@@ -42,3 +44,15 @@ def set_lr(optimizer: AdamW, config: OptimConfig, step: int) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return factor
+
+
+def average(model: TwoTower, config: OptimConfig) -> AveragedModel | None:
+    """The moving average of the weights, which begins as a copy; None without `optim.ema`."""
+    if config.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+
+def seed_of(seed: int, step: int) -> int:
+    """The seed of a step's random draws on the device: a function of the step, so that a restart draws the same."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)

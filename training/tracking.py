@@ -124,6 +124,7 @@ class MetricLog:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.client, self.run_id = _client(uri), run_id
         self.last_step: dict[str, int] = {}
+        self.reached: int | None = None
         self.waiting: list[tuple[str, float, int, int]] = []
         self.warn = RateLimited(logging.getLogger(__name__))
 
@@ -132,6 +133,22 @@ class MetricLog:
         self.waiting += [(name, value, now, step) for name, value in metrics.items()]
         self.waiting = self.waiting[-MAX_WAITING:]
         self.flush()
+
+    def reach(self, step: int) -> None:
+        """Note that a step is done."""
+        self.reached = step
+
+    def lost_since(self, step: int) -> int:
+        """How many steps after `step` were done before this start, and are lost.
+
+        Without an earlier start under this driver it is counted from the last step that MLflow knows.
+        """
+        if self.reached is None:
+            try:
+                self.reached = self._last("train/loss")
+            except Exception as error:
+                self.warn.warning(f"MLflow does not tell the last step: {str(error).splitlines()[0]}")
+        return max((self.reached or 0) - step, 0)
 
     def flush(self) -> int:
         """Send what waits; returns how many values still wait."""

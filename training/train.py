@@ -16,17 +16,17 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, NotFoundError, ProjectError, RunError, exit_with, told
 from training import models, tracking
-from training.checkpoint import best_url, run_url
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import sample_order
 from training.failures import TellFailures
+from training.weights import best_url, run_url
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _fit(
     except Exception as error:
         if run_id is not None:
             tracking.finish(config, run_id, {}, failed=True)
-        raise (told(error) or error) from None
+        raise (told(error) or _of_the_controller(error)) from None
     storage.publish_bytes(json.dumps(result, indent=2).encode(), storage.join(run, "result.json"))
     if metric_log is not None and run_id is not None:
         waiting = ray.get(metric_log.flush.remote())
@@ -115,23 +115,33 @@ def _fit(
     return result
 
 
+def _of_the_controller(error: Exception) -> Exception:
+    """Ray's controller keeps its list of checkpoints in the run's storage, and does not wait for it."""
+    if isinstance(error, ControllerError):
+        reason = str(error).strip().splitlines()[-1]
+        return RunError(f"Ray's controller failed ({reason}): start the same command again to go on")
+    return error
+
+
 def scaling(config: TrainConfig) -> ScalingConfig:
     """Ranks and what each asks for: one per GPU, else two on CPU; CPUs explicitly, for the decoding processes."""
     workers = config.workers
     gpus = int(ray.cluster_resources().get("GPU", 0))
     use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
     num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1
+    least = num_workers if isinstance(num_workers, int) else num_workers[0]
     cpus = workers.cpus_per_worker or workers.loader_workers + 1
     resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
     for name, needed in resources.items():
         there = ray.cluster_resources().get(name, 0)
-        if num_workers * needed > there and not workers.autoscale:
+        if least * needed > there and not workers.autoscale:
             raise ConfigError(
-                f"workers.num_workers={num_workers} with {needed:g} {name} each need {num_workers * needed:g} {name}, "
+                f"workers.num_workers={least} with {needed:g} {name} each need {least * needed:g} {name}, "
                 f"the cluster has {there:g}: lower workers.num_workers or workers.cpus_per_worker, "
                 "or set workers.autoscale=true if the cluster grows"
             )
-    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources)
+    elastic: Any = num_workers  # Ray's annotation lacks the pair
+    return ScalingConfig(num_workers=elastic, use_gpu=use_gpu, resources_per_worker=resources)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

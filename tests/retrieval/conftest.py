@@ -17,7 +17,7 @@ from retrieval.embed import embed
 from retrieval.embeddings import Embeddings
 from retrieval.encoder import Embedder
 from retrieval.index import build
-from training import checkpoint, models
+from training import models, weights
 from training.config import TrainConfig
 
 SHARD_SIZES = (3, 2, 3)
@@ -97,12 +97,12 @@ def write_run(root: Path, name: str, dataset: Path | str, seed: int = 0, backbon
         },
     )
     torch.manual_seed(seed)
-    url = checkpoint.run_url(settings)
+    url = weights.run_url(settings)
     storage.publish_bytes(config.dump(settings).encode(), storage.join(url, "config.yaml"))
     model = models.build(settings.model)
     for parameter in model.parameters():  # what starts at zero (aggregation) would hide wrong views
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
-    checkpoint.save_best(url, model, 1, {"r1": 0.5})
+    weights.save_best(url, model, 1, {"r1": 0.5})
     return url
 
 

@@ -21,10 +21,10 @@ from retrieval.embed import embed
 from retrieval.embeddings import part_name, read_embeddings, read_part
 from tests.entry import REPOSITORY
 from tests.retrieval.conftest import SHARD_SIZES, embed_here, settings, write_dataset, write_run
-from training.checkpoint import load_run, run_url, save_best
 from training.data.decode import decode_clip
 from training.data.loader import eval_frames
 from training.encode import encode_clips
+from training.weights import load_run, run_url, save_best
 
 
 def test_a_row_is_the_vector_of_the_clip_at_its_bytes(run: str, dataset: Path, vectors: str) -> None:

@@ -27,7 +27,7 @@ from retrieval.search import search
 from tests import entry
 from tests.retrieval.conftest import embed_here, settings, write_dataset, write_run
 from training import models
-from training.checkpoint import load_run
+from training.weights import load_run
 
 QUERIES = ["a red square moves from left to right", "nothing", "square 3 moves"]
 

@@ -15,10 +15,10 @@ from common import storage
 from common.config import apply, dump
 from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
-from training.checkpoint import best_url, load_run, run_url
 from training.config import TrainConfig
 from training.evaluate import arguments, evaluate_run
 from training.train import only_driver, scaling, train
+from training.weights import best_url, load_run, run_url
 
 
 @pytest.fixture(autouse=True)

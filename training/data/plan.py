@@ -62,6 +62,11 @@ class SampleOrder:
             raise ConfigError(f"{world_size} ranks are more than data.lanes={self.lanes}: raise it or use fewer ranks")
         return rank * self.lanes // world_size, (rank + 1) * self.lanes // world_size
 
+    def counts(self, world_size: int) -> list[int]:
+        """Samples of each rank in every global batch."""
+        lanes = [self.rank_lanes(rank, world_size) for rank in range(world_size)]
+        return [(last - first) * self.share for first, last in lanes]
+
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one order lives as long as its process)
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """The global sample numbers of an epoch in its order; 80 MB for 10 M samples."""

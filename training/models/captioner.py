@@ -43,3 +43,8 @@ def counted_positions(tokens_BL: Tensor) -> Tensor:
     """True where input position j is a word or the start token, so that its target j+1 counts: B(L-1)."""
     positions = torch.arange(tokens_BL.shape[1] - 1, device=tokens_BL.device)
     return positions < (clip_tower.lengths(tokens_BL) - 1)[:, None]
+
+
+def counted_rows(tokens_BL: Tensor) -> Tensor:
+    """The counted positions' places in a flattened B(L-1), K."""
+    return counted_positions(tokens_BL).flatten().nonzero().squeeze(1)

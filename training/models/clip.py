@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common import storage
 from common.errors import ConfigError, ProjectError
@@ -147,8 +148,21 @@ def image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> Tensor:
     return visual._embeds(pixels_NCHW)
 
 
-def run_block(block: ResidualAttentionBlock, x_NLD: Tensor, mix: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """One pre-norm block; `mix` changes what the attention reads, after the first LayerNorm, and nothing else."""
+def run_block(
+    visual: VisionTransformer, layer: int, x_NLD: Tensor, mix: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """One pre-norm block; `mix` changes what the attention reads, after the first LayerNorm, and nothing else.
+
+    Its activations are made again in the backward pass if the tower's `grad_checkpointing` is set.
+    """
+    block = visual.transformer.resblocks[layer]
+    if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
+        again: Tensor = checkpoint(_run_block, block, x_NLD, mix, use_reentrant=False)
+        return again
+    return _run_block(block, x_NLD, mix)
+
+
+def _run_block(block: ResidualAttentionBlock, x_NLD: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
     y_NLD = block.ln_1(x_NLD)
     x_NLD = x_NLD + block.ls_1(block.attention(y_NLD if mix is None else mix(y_NLD)))
     return x_NLD + block.ls_2(block.mlp(block.ln_2(x_NLD)))

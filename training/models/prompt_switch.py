@@ -44,6 +44,10 @@ class PromptSwitch(TwoTower):
         if config.aggregation_group == "backbone":
             self.NEW = tuple(n for n in self.NEW if n != "aggregation")  # type: ignore[misc]
 
+    @property
+    def is_plain_clip(self) -> bool:
+        return self.prompt_cube is None
+
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         visual, (videos, frames) = self.clip.visual, pixels_BFCHW.shape[:2]
         x_NLD = clip_tower.image_tokens(visual, pixels_BFCHW.flatten(0, 1))
@@ -53,10 +57,10 @@ class PromptSwitch(TwoTower):
             x_NLD = torch.cat([x_NLD, self._prompts(videos, frames)], dim=1)
         if self.switch == "attention":
             mix = lambda y_NLD: self._switched(y_NLD, image_tokens)
-        for block in visual.transformer.resblocks:
+        for layer in range(visual.transformer.layers):
             if self.switch == "residual":
                 x_NLD = self._switched(x_NLD, image_tokens)
-            x_NLD = clip_tower.run_block(block, x_NLD, mix)
+            x_NLD = clip_tower.run_block(visual, layer, x_NLD, mix)
         cls_BFD = x_NLD[:, 0].unflatten(0, (videos, frames))
         if self.aggregation is not None:
             prompts_BPD = x_NLD[:, image_tokens:].reshape(videos, -1, x_NLD.shape[-1])

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from training.config import TwoTowerConfig
 from training.models import clip as clip_tower
-from training.models.captioner import Captioner, counted_positions
+from training.models.captioner import Captioner, counted_rows
 
 
 class VideoOut(NamedTuple):
@@ -54,6 +54,11 @@ class TwoTower(nn.Module, ABC):
         self.clip = clip_tower.build_clip(config.backbone, config.pretrained) if clip is None else clip
         self.captioner = Captioner(self.clip, config.captioner.layers) if config.captioner else None
 
+    @property
+    def is_plain_clip(self) -> bool:
+        """True if a frame's features are those of `clip` alone, so that its weights say all."""
+        return False
+
     @abstractmethod
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         """Frame features BFD in the joint space, not normalised."""
@@ -69,15 +74,25 @@ class TwoTower(nn.Module, ABC):
         positions = torch.arange(tokens_TL.shape[1], device=tokens_TL.device)
         return TextOut(normalize(vector_TD, dim=-1), words_TLD, positions < clip_tower.lengths(tokens_TL)[:, None])
 
-    def forward(self, frames_BFCHW: Tensor, tokens_BL: Tensor) -> Outputs:
-        """All that the losses need. Everything with a gradient leaves through here, so that DDP sees it."""
+    def compile_towers(self) -> None:
+        """torch.compile both; parameters keep their names. A copy of the model must be taken before."""
+        self.frame_features = torch.compile(self.frame_features)  # type: ignore[method-assign]
+        self.encode_text = torch.compile(self.encode_text)  # type: ignore[method-assign]
+
+    def forward(self, frames_BFCHW: Tensor, tokens_BL: Tensor, counted_K: Tensor | None = None) -> Outputs:
+        """All that the losses need. Everything with a gradient leaves through here, so that DDP sees it.
+
+        Args:
+            counted_K: `counted_rows` of the tokens, if they are known: finding them on a GPU would wait for it.
+        """
         video, text = self.encode_video(frames_BFCHW), self.encode_text(tokens_BL)
         logits = targets = None
         if self.captioner is not None:
             # Only counted positions go through the vocabulary-wide head: padding would cost as much as words.
-            counted = counted_positions(tokens_BL)
+            counted_K = counted_rows(tokens_BL) if counted_K is None else counted_K
             hidden_BLD = self.captioner(self.clip, tokens_BL, video.frames_BFD)
-            logits, targets = self.captioner.head(hidden_BLD[counted]), tokens_BL[:, 1:][counted]
+            logits = self.captioner.head(hidden_BLD.flatten(0, 1)[counted_K])
+            targets = tokens_BL[:, 1:].flatten()[counted_K]
         return Outputs(text, video, self.clip.logit_scale.exp(), logits, targets)
 
     def new_parameter_names(self) -> set[str]:

@@ -1,0 +1,264 @@
+"""Whatever is killed during training, the run goes on, or ends in one sentence; no sample is lost or counted twice."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from cluster import processes
+from cluster.local import RayCluster, S3Server, start_ray, start_s3
+from common import config as configs
+from common.config import dump
+from tests.conftest import RAY_FOLDER, REPOSITORY
+from tests.faults import Fault, Proxy, start_storage, stop_storage, wait_until
+from tests.training import samples
+from training.config import PRESETS, TrainConfig
+
+pytestmark = pytest.mark.slow
+DATASET = "s3://faults/shapes"
+STEPS = 120
+# Ray's own polls at a pace for tests; Train reads them in the driver and hands them to its processes.
+PACE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+
+
+@pytest.fixture(scope="module")
+def s3_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server that tests may kill."""
+    server = start_s3(tmp_path_factory.mktemp("s3"), ["faults"])
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_alone: S3Server) -> Iterator[Proxy]:
+    """Between everybody and the S3 server; AWS_* point to it."""
+    proxy = Proxy(s3_alone.env["AWS_ENDPOINT_URL"])
+    with proxy.serving() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**s3_alone.env, "AWS_ENDPOINT_URL": url}.items():
+            patch.setenv(name, value)
+        yield proxy
+
+
+def start_nodes(proxy: Proxy, name: str) -> RayCluster:
+    """Three nodes, each with room for one worker of two CPUs."""
+    env = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+    return start_ray(RAY_FOLDER / name, num_nodes=3, cpus_per_node=2, env=env)
+
+
+@pytest.fixture(scope="module")
+def nodes(proxy: Proxy) -> Iterator[RayCluster]:
+    cluster = start_nodes(proxy, "training")
+    command = [sys.executable, "-m", "datasets_prep.build", "tiny", f"output={DATASET}"]
+    subprocess.run(command, env={**os.environ, **cluster.env}, cwd=REPOSITORY, check=True)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def fragile(proxy: Proxy, nodes: RayCluster) -> Iterator[RayCluster]:
+    """Nodes of this test alone, which it may kill."""
+    cluster = start_nodes(proxy, "fragile")
+    yield cluster
+    cluster.stop()
+
+
+class Run:
+    """One training run, started and started again as a user does, with its logs."""
+
+    def __init__(self, nodes: RayCluster, folder: Path, **changes: object) -> None:
+        self.env = {**os.environ, **PACE, **nodes.env}
+        self.samples, self.log, self.preset = folder / "samples", folder / "log", folder / "run.yaml"
+        values = {
+            "run.storage": "s3://faults/runs",
+            "run.name": f"run-{os.urandom(4).hex()}",
+            "data.dataset": DATASET,
+            "data.cache": str(folder / "cache"),
+            "tracking.uri": f"sqlite:///{folder / 'mlflow.db'}",
+            "tracking.samples": str(self.samples),
+            "optim.steps": STEPS,
+            "eval.every": STEPS,
+            "checkpoint.every": 20,
+            "workers.loader_workers": 0,
+            "workers.cpus_per_worker": 2,
+            "workers.timeout_s": 60,
+            "workers.start_timeout_s": 30,
+            **changes,
+        }
+        config = configs.load(TrainConfig, "tiny", [], PRESETS)
+        self.config = configs.apply(config, values)
+        self.preset.write_text(dump(self.config))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "training.train", str(self.preset)]
+        with open(self.log, "ab") as file:
+            return subprocess.Popen(command, env=self.env, cwd=REPOSITORY, stdout=file, stderr=file)
+
+    def finish(self, driver: subprocess.Popen[bytes]) -> None:
+        """To its end, with every sample of the plan trained on once and one MLflow run."""
+        code = driver.wait(400)
+        assert code == 0, self.log.read_text()[-5000:]
+        assert samples.effective(self.samples) == samples.planned(self.config)
+        client = mlflow.MlflowClient(self.config.tracking.uri)
+        experiment = client.get_experiment_by_name(self.config.tracking.experiment)
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        losses = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [m.step for m in losses] == list(range(1, STEPS + 1))
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: self.samples.exists() and samples.reached(self.samples) >= step)
+
+    def restarts(self) -> list[tuple[int, int]]:
+        """(step gone on at, steps lost) as the log tells them."""
+        text = self.log.read_text()
+        return [(int(a), int(b)) for a, b in re.findall(r"going on at step (\d+); (\d+) steps done after it", text)]
+
+
+@pytest.fixture
+def run(nodes: RayCluster, tmp_path: Path) -> Run:
+    return Run(nodes, tmp_path)
+
+
+def test_a_killed_worker(run: Run) -> None:
+    driver = run.start()
+    run.wait_for_step(30)
+    samples.kill_a_worker(run.samples)
+    run.finish(driver)
+    ((step, lost),) = run.restarts()
+    assert step in (20, 40) and lost <= 20 + 2
+
+
+def test_a_killed_driver(run: Run) -> None:
+    driver = run.start()
+    run.wait_for_step(30)
+    driver.kill()
+    driver.wait()
+    run.finish(run.start())
+    ((step, lost),) = run.restarts()
+    assert step >= 20 and lost <= 20 + 2
+
+
+def test_a_killed_node(fragile: RayCluster, tmp_path: Path) -> None:
+    """Three nodes, two workers: one more node takes the place of the lost one."""
+    run = Run(fragile, tmp_path)
+    driver = run.start()
+    run.wait_for_step(30)
+    kill_a_node(fragile, run)
+    run.finish(driver)
+    assert [len(start.pids) for start in samples.starts(run.samples)] == [2, 2]
+
+
+def test_elastic_workers_become_fewer(fragile: RayCluster, tmp_path: Path) -> None:
+    run = Run(fragile, tmp_path, **{"workers.num_workers": [1, 3]})
+    driver = run.start()
+    run.wait_for_step(30)
+    kill_a_node(fragile, run)
+    run.finish(driver)
+    assert [len(start.pids) for start in samples.starts(run.samples)] == [3, 2]
+
+
+def kill_a_node(nodes: RayCluster, run: Run) -> None:
+    os.kill(raylet_with_a_worker(nodes, run), signal.SIGKILL)
+
+
+def raylet_with_a_worker(nodes: RayCluster, run: Run) -> int:
+    """The pid of one that is not the head's, where the driver lives."""
+    parents = {parent_of(pid) for pid in samples.starts(run.samples)[-1].pids}
+    for pid in processes.alive(nodes.mark):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        is_raylet = b"raylet/raylet" in command.split(b"\0")[0] and f"{nodes.temp}/0/".encode() not in command
+        if is_raylet and pid in parents:
+            return pid
+    raise AssertionError("no worker is on a node that may be killed")
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_node_that_is_taken_away_with_notice(fragile: RayCluster, tmp_path: Path) -> None:
+    """No checkpoint is due before the end: what is there is what the notice made."""
+    run = Run(fragile, tmp_path, **{"checkpoint.every": STEPS * 10, "workers.drain_every": 5, "optim.steps": STEPS})
+    driver = run.start()
+    run.wait_for_step(20)
+    raylet = raylet_with_a_worker(fragile, run)
+    drain(fragile, raylet)
+    time.sleep(15)
+    os.kill(raylet, signal.SIGKILL)
+    run.finish(driver)
+    restarts = run.restarts()
+    assert restarts and all(step > 20 for step, _ in restarts), run.log.read_text()[-3000:]
+    assert sum(lost for _, lost in restarts) <= 5 * 3
+
+
+def drain(nodes: RayCluster, raylet: int) -> None:
+    """What a watcher of spot notices does; the machine is gone 15 s later."""
+    command = Path(f"/proc/{raylet}/cmdline").read_bytes().decode()
+    found = re.search(r"--node_id=([0-9a-f]+)", command)
+    assert found, command
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={nodes.address}"]
+    why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=15"]
+    subprocess.run([*ray, f"--node-id={found[1]}", *why], env={**os.environ, **nodes.env}, check=True)
+
+
+def test_storage_that_is_down_for_a_minute(run: Run, s3_alone: S3Server) -> None:
+    """Met by a checkpoint's upload; the workers train on meanwhile."""
+    driver = run.start()
+    run.wait_for_step(30)
+    argv = stop_storage(s3_alone)
+    time.sleep(60)
+    start_storage(s3_alone, argv)
+    if driver.wait(400) != 0:  # Ray's controller itself could not write: the same command goes on
+        *_, told = run.log.read_text().splitlines()
+        assert told.startswith("error: "), run.log.read_text()[-3000:]
+        driver = run.start()
+    run.finish(driver)
+
+
+def some(fault: Fault, share: int) -> Callable[[str, str], Fault]:
+    """Every `share`-th request of the data path goes wrong."""
+    count = 0
+
+    def decide(method: str, path: str) -> Fault:
+        nonlocal count
+        if "/faults/shapes/" not in path or method != "GET":
+            return "none"
+        count += 1
+        return fault if count % share == 0 else "none"
+
+    return decide
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "slow", "cut"])
+def test_storage_that_answers_badly(run: Run, proxy: Proxy, fault: Fault) -> None:
+    proxy.injected.clear()
+    proxy.fault = some(fault, 2)
+    try:
+        run.finish(run.start())
+    finally:
+        proxy.fault = lambda method, path: "none"
+    assert len(proxy.injected) >= 3
+    assert not run.restarts()
+
+
+def test_a_full_disk_in_the_cache_is_one_sentence(nodes: RayCluster, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path / "cache")], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        run = Run(nodes, tmp_path, **{"workers.max_failures": 0})
+        assert run.start().wait(200) == 1
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "cache")], check=True)
+    *_, told = run.log.read_text().splitlines()
+    assert told.startswith("error: data.cache=") and "make room on that disk" in told

@@ -1,0 +1,161 @@
+"""A run that was ended anywhere goes on with the batches that are left, on any number of ranks."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import mlflow
+import pytest
+import ray
+import torch
+from ray.train import UserCallback
+
+from common import storage
+from common.config import apply
+from common.errors import RunError
+from tests.training import samples
+from training.config import TrainConfig
+from training.train import train
+from training.weights import best_url, run_url
+
+
+@pytest.fixture(autouse=True)
+def driver(ray_local: object) -> None:
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+
+
+@pytest.fixture
+def logged(tiny: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """Eight steps, a checkpoint every two, and a log of all video ids."""
+    return apply(tiny, {"optim.steps": 8, "tracking.samples": str(tmp_path / "samples"), "eval.every": 8})
+
+
+class DieAtAReport(UserCallback):
+    """Ends the process that steers the run, as the loss of its node would, once a checkpoint is committed."""
+
+    def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
+        os._exit(1)
+
+
+def metric(config: TrainConfig, name: str) -> dict[int, float]:
+    record = json.loads(storage.read(storage.join(run_url(config), "mlflow_run.json")))
+    history = mlflow.MlflowClient(config.tracking.uri).get_metric_history(record["run_id"], name)
+    return {m.step: m.value for m in history}
+
+
+def another(config: TrainConfig, name: str) -> TrainConfig:
+    folder = Path(config.tracking.samples or "").parent / name
+    return apply(config, {"run.name": name, "tracking.samples": str(folder)})
+
+
+def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: TrainConfig):
+    """Without `start=position.step` the first batches come again; without restore() the losses differ."""
+    whole, killed = another(logged, "whole"), another(logged, "killed")
+    expected = train(whole)
+    folder = Path(killed.tracking.samples or "")
+    samples.when(lambda: samples.reached(folder) >= 5, lambda: samples.kill_a_worker(folder))
+    assert train(killed) == expected
+    first, *_, last = samples.starts(folder)
+    assert min(first.steps) == 0 and 0 < min(last.steps) <= 6 and max(last.steps) == 7
+    assert samples.effective(folder) == samples.planned(killed) == samples.effective(Path(whole.tracking.samples or ""))
+    assert metric(killed, "train/loss") == metric(whole, "train/loss")  # to the bit
+    for start in samples.starts(folder):  # the captions' turns, too
+        reference = samples.starts(Path(whole.tracking.samples or ""))[0]
+        assert all(reference.captions[step] == ids for step, ids in start.captions.items() if step < 7)
+    lost = metric(killed, "train/lost_steps")
+    assert list(lost) == [min(last.steps)] and 0 <= lost[min(last.steps)] <= 2 + 1
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_any_number_of_ranks(logged: TrainConfig):
+    """4 → 3 → 2 → 1 ranks, one checkpoint each. Three do not divide the eight lanes."""
+    whole, parts = another(logged, "whole"), another(logged, "parts")
+    train(apply(whole, {"workers.num_workers": 2}))
+    for ranks in (4, 3, 2):
+        with pytest.raises(ray.exceptions.ActorDiedError):
+            train(apply(parts, {"workers.num_workers": ranks}), callbacks=[DieAtAReport()])
+    train(apply(parts, {"workers.num_workers": 1}))
+    folder = Path(parts.tracking.samples or "")
+    assert [len(start.pids) for start in samples.starts(folder)] == [4, 3, 2, 1]
+    assert samples.effective(folder) == samples.planned(parts)
+    losses, reference = metric(parts, "train/loss"), metric(whole, "train/loss")
+    assert losses == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_chunks_change_nothing_but_the_memory(logged: TrainConfig):
+    whole, chunked = another(logged, "whole"), another(logged, "chunked")
+    train(whole)
+    train(apply(chunked, {"workers.chunk_size": 2}))
+    assert metric(chunked, "train/loss") == pytest.approx(metric(whole, "train/loss"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_moving_average_is_what_is_kept_and_it_survives(logged: TrainConfig, tmp_path: Path):
+    changes = {"optim.ema": 0.5, "optim.steps": 4}
+    whole, parts = apply(another(logged, "whole"), changes), apply(another(logged, "parts"), changes)
+    train(whole)
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        train(parts, callbacks=[DieAtAReport()])
+    train(parts)
+    assert storage.read(best_url(run_url(parts))) == storage.read(best_url(run_url(whole)))
+    plain = apply(another(logged, "plain"), {"optim.steps": 4})
+    train(plain)
+    assert storage.read(best_url(run_url(plain))) != storage.read(best_url(run_url(whole)))
+
+
+def damage(config: TrainConfig, how: str, newest: int) -> None:
+    """The states of the newest checkpoints that Ray lists; one that is just being uploaded is not among them."""
+    snapshot = storage.read(storage.join(run_url(config), "checkpoint_manager_snapshot.json")).decode()
+    listed = sorted(set(re.findall(r"checkpoint_\d{4}[-_.\d]*\d", snapshot)))
+    assert len(listed) == 2, snapshot
+    for name in listed[-newest:]:
+        url = storage.join(run_url(config), name, "state.pt")
+        data = bytearray(storage.read(url))
+        data[len(data) // 2] ^= 1
+        storage.publish_bytes(bytes(data[:-1000] if how == "cut" else data), url)
+
+
+def stop_at_its_second_checkpoint(config: TrainConfig) -> None:
+    for _ in range(2):
+        with pytest.raises(ray.exceptions.ActorDiedError):
+            train(config, callbacks=[DieAtAReport()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(logged: TrainConfig, how: str):
+    """Without the checksum the flipped one is loaded and the losses differ; without the loop the cut one ends it."""
+    whole, parts = another(logged, "whole"), another(logged, "parts")
+    expected = train(whole)
+    stop_at_its_second_checkpoint(parts)
+    damage(parts, how, newest=1)
+    assert train(parts) == expected
+    folder = Path(parts.tracking.samples or "")
+    assert min(samples.starts(folder)[-1].steps) == 2  # not 4
+    assert samples.effective(folder) == samples.planned(parts)
+
+
+@pytest.mark.slow
+def test_only_damaged_checkpoints_are_one_sentence(logged: TrainConfig):
+    stop_at_its_second_checkpoint(logged)
+    damage(logged, "flip", newest=2)
+    with pytest.raises(RunError, match=r"all 2 checkpoints are damaged: choose a new run.name"):
+        train(logged)
+
+
+def test_a_checkpoint_is_plain_data(logged: TrainConfig, tmp_path: Path):
+    train(apply(logged, {"optim.steps": 2}))
+    (url,) = [e.url for e in storage.list_files(run_url(logged)) if e.url.endswith("/state.pt")]
+    storage.download(url, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert set(state) == {"model", "optimizer", "step", "best"} and state["step"] == 2
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(logged: TrainConfig):
+    """Also where the log comes more rarely than the checkpoint."""
+    config = apply(logged, {"optim.lr": 1e30, "optim.lr_new": 1e30, "optim.warmup": 0, "tracking.log_every": 100})
+    with pytest.raises(RunError, match=r"the loss is nan at step \d .*lower optim.lr"):
+        train(config)
+    assert not [e for e in storage.list_files(run_url(config)) if e.url.endswith("/state.pt")]

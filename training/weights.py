@@ -1,0 +1,89 @@
+"""A run's folder as others read it: `best/` weights and their configuration. Without Ray.
+
+STORAGE/NAME/config.yaml              the resolved configuration; a preset
+STORAGE/NAME/identity.json            what must not change between starts
+STORAGE/NAME/best/model.safetensors   the best weights so far, with their metrics in the file's header
+STORAGE/NAME/checkpoint_*             for resume: training/checkpoint.py
+"""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+
+from common import config as configs
+from common import retry, storage
+from common.errors import NotFoundError, RunError
+from training import models
+from training.config import TrainConfig
+from training.models import TwoTower
+
+
+def run_url(config: TrainConfig) -> str:
+    """The folder of a run, absolute."""
+    return storage.join(storage.absolute(config.run.storage), config.run.name)
+
+
+def save_best(run: str, model: TwoTower, step: int, metrics: dict[str, float]) -> None:
+    """Publish the weights as `best/`, whole or not at all. One file, so weights and metrics never disagree."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        header = {"step": str(step), "metrics": json.dumps(metrics)}
+        safetensors.torch.save_file(weights, path, metadata=header)
+        retry.again(lambda: storage.publish(path, best_url(run)))
+
+
+def best_url(run: str) -> str:
+    return storage.join(run, "best", "model.safetensors")
+
+
+def load_best(run: str, model: TwoTower) -> dict[str, Any]:
+    """Load `best/` of a run into a model; returns its header ({"step", "metrics"}). Raises RunError."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        try:
+            storage.download(best_url(run), path)
+            with safe_open(path, "pt") as file:
+                header = file.metadata()
+            model.load_state_dict(safetensors.torch.load_file(path))
+        except NotFoundError:
+            raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
+        except (SafetensorError, RuntimeError) as error:
+            raise RunError(f"{best_url(run)} does not fit its config.yaml: {str(error).splitlines()[0]}") from None
+    return {"step": int(header["step"]), "metrics": json.loads(header["metrics"])}
+
+
+def load_config(run: str) -> TrainConfig:
+    """The configuration of a run by its folder or config.yaml. Raises RunError, ConfigError."""
+    url = run if run.endswith(".yaml") else storage.join(run, "config.yaml")
+    try:
+        return configs.load(TrainConfig, url)
+    except NotFoundError:
+        raise RunError(f"{url} does not exist: {run} is not the folder of a run (STORAGE/NAME)") from None
+
+
+def load_run(run: str) -> tuple[TrainConfig, TwoTower]:
+    """A run's configuration and its model with the best weights, in eval mode on the CPU. Raises RunError."""
+    run = run.removesuffix("/config.yaml").rstrip("/")
+    config = load_config(run)
+    # The run's weights replace whatever the backbone started from.
+    model = models.build(config.model.model_copy(update={"pretrained": None}))
+    load_best(run, model)
+    return config, model.eval()
+
+
+def weights_sha256(run: str) -> str:
+    """Names the weights of `best/`, so that vectors and indexes can tell which model made them."""
+    digest = hashlib.sha256()
+    try:
+        with storage.open_stream(best_url(run)) as stream:
+            while chunk := stream.read(storage.CHUNK_BYTES):
+                digest.update(chunk)
+    except NotFoundError:
+        raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
+    return digest.hexdigest()
