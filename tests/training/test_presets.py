@@ -1,11 +1,16 @@
-"""Every method and every preset builds and trains: two steps in one plain process, on the tiny backbone."""
+"""Every method and every preset builds and trains: two steps in one process, on the tiny backbone."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from common import config as configs
-from training import losses, models, optim
+from training import models, optim
 from training.config import PRESETS, TrainConfig
+from training.step import accumulate
 
 CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a dog", "cutting onions in a kitchen"]
 
@@ -15,12 +20,22 @@ def test_every_method_has_a_preset() -> None:
     assert {preset.model.name for preset in presets} == set(models.MODELS)
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("preset", configs.preset_names(PRESETS))
 def test_a_preset_trains_two_steps(preset: str) -> None:
     torch.manual_seed(0)
     tiny = ["model.backbone=tiny", "model.pretrained=null", "optim.lr=1e-5", "optim.lr_new=1e-5", "optim.warmup=0"]
     config = configs.load(TrainConfig, preset, tiny, PRESETS)
     model = models.build(config.model)
+    ddp = DistributedDataParallel(model)
     optimizer = optim.build(model, config.optim)
     size = models.image_size_of("tiny")
     frames = torch.randint(0, 256, (len(CAPTIONS), config.model.num_frames, 3, size, size), dtype=torch.uint8)
@@ -30,12 +45,11 @@ def test_a_preset_trains_two_steps(preset: str) -> None:
     totals = []
     for step in range(2):
         optim.set_lr(optimizer, config.optim, step)
-        total = torch.stack(list(losses.compute(model(frames, tokens), config.losses, weights).values())).sum()
         optimizer.zero_grad()
-        total.backward()
+        parts = accumulate(ddp, frames, tokens, config.losses, weights, [len(CAPTIONS)])
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
         optimizer.step()
-        totals.append(total.item())
+        totals.append(sum(part.item() for part in parts.values()))
     assert totals[1] < totals[0]
     after = dict(model.named_parameters())
     unchanged = [name for name in before if torch.equal(before[name], after[name])]
