@@ -10,6 +10,7 @@ from cluster.local import RayCluster
 from common import shards, storage
 from common.errors import DataError, RunError
 from datasets_prep import index as index_module
+from datasets_prep import tasks
 from datasets_prep.index import index
 from datasets_prep.verify import verify
 from tests.datasets_prep.builds import contents, files, run
@@ -89,7 +90,7 @@ def test_again_does_only_what_is_missing(
     index(load(tmp_path))
     before = files(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(index_module.ray, "init", None)  # a finished one starts no Ray
+        patch.setattr(tasks.ray, "init", None)  # a finished one starts no Ray
         index(load(tmp_path))
     assert files(tmp_path) == before
     (tmp_path / "00001.json").unlink()
