@@ -37,7 +37,8 @@ def contrastive(text_BD: Tensor, video_BD: Tensor, logit_scale: Tensor, counts: 
 
 def caption_total(tokens_BL: Tensor, token_weights_V: Tensor) -> Tensor:
     """The sum of the weights of all target tokens of the global batch. A collective."""
-    return sum_over_ranks(token_weights_V[tokens_BL[:, 1:][counted_positions(tokens_BL)]].sum())
+    # A product, not a selection: a selection's size is only known after a look at the device.
+    return sum_over_ranks((token_weights_V[tokens_BL[:, 1:]] * counted_positions(tokens_BL)).sum())
 
 
 def caption(outputs: Outputs, token_weights_V: Tensor, total: Tensor) -> Tensor:
