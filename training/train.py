@@ -18,6 +18,7 @@ import ray
 import ray.exceptions
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common import config as configs
 from common import logs, shards, storage
@@ -66,9 +67,7 @@ def _fit(
     run_id = tracking.find_or_create(config, run, dataset_sha256, parent)
     metric_log = None
     if run_id is not None:
-        metric_log = tracking.MetricLog.remote(  # type: ignore[attr-defined]
-            tracking.absolute_uri(config.tracking.uri), run_id
-        )
+        metric_log = with_driver(tracking.MetricLog).remote(tracking.absolute_uri(config.tracking.uri), run_id)
 
     def worker(settings: dict[str, Any]) -> dict[str, Any]:
         # A closure travels by value: Ray's controller need not import the models, which takes it many seconds.
@@ -200,6 +199,12 @@ def read_result(run: str) -> dict[str, float] | None:
     return result
 
 
+def with_driver(actor: Any, **options: Any) -> Any:
+    """The actor on the driver's own node: the loss of another one does not take it away, and a crash is mended."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(scheduling_strategy=here, max_restarts=-1, max_task_retries=-1, **options)
+
+
 @ray.remote(num_cpus=0)
 class _DriverMark:
     """A named actor that lives as long as its driver: the cluster's own lock on a run."""
@@ -210,7 +215,7 @@ def only_driver(run: str) -> Iterator[None]:
     """Refuse a second live driver on the same run."""
     name = "driver-" + hashlib.sha256(run.encode()).hexdigest()[:16]
     try:
-        mark = _DriverMark.options(name=name, namespace="runs").remote()  # type: ignore[attr-defined]
+        mark = with_driver(_DriverMark, name=name, namespace="runs").remote()
     except ValueError:
         raise RunError(
             f"run {run} is being trained by another driver right now: wait for it, or choose a run.name"
