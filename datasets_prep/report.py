@@ -12,7 +12,7 @@ from datasets_prep import histograms
 
 NAME = "report.html"
 TITLE = "<title>Dataset report</title>"
-SAMPLES = 24
+SAMPLES = 12
 FRAMES = 4
 TITLES = {
     "duration_s": "Duration, seconds",

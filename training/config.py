@@ -146,7 +146,9 @@ class WorkerConfig(Settings):
         None, description="most videos in a forward pass: less memory, a third more work, the same update; null = all"
     )
     use_gpu: bool | None = Field(None, description="null = if the cluster has GPUs")
-    loader_workers: int = Field(4, ge=0, description="decoding processes per rank")
+    loader_workers: int | None = Field(
+        None, ge=0, description="decoding processes per rank; null = what a node has for each of its GPUs, 1 without"
+    )
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs per rank; null = loader_workers + 1")
     threads: PositiveInt = Field(1, description="torch threads per rank on CPU")
     bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")

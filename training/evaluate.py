@@ -21,13 +21,13 @@ from common.errors import ConfigError, exit_with, told
 from training import models
 from training.config import PRESETS, TrainConfig
 from training.loop import test_metrics
-from training.train import connect, scaling, with_absolute_paths
+from training.train import connect, scaling, with_absolute_paths, with_loaders
 from training.weights import run_url
 
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
     """Test metrics of the run that `config` names. Raises RunError, DataError as one sentence."""
-    config = with_absolute_paths(config)
+    config = with_loaders(with_absolute_paths(config))
     if config.data.test is None:
         raise ConfigError("data.test is null: give data.test=SPLIT")
     dataset, _ = shards.read_dataset(config.data.dataset)

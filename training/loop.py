@@ -124,7 +124,7 @@ def test_metrics(config: TrainConfig, model: models.TwoTower, run: str, device: 
     header = weights.load_best(run, model)
     split = config.data.test or config.data.val
     assert split is not None
-    dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
+    dataset, dataset_sha256 = retry.again(lambda: shards.read_dataset(config.data.dataset))
     batches = eval_loader(config, dataset, open_cache(config, dataset_sha256), split, rank, world_size)
     scores = evaluate(model, batches, models.tokenize(config.model), config.eval, device)
     if rank == 0:
@@ -167,7 +167,8 @@ class Meter:
 
     def __init__(self, config: TrainConfig, rank: int, start_step: int, metric_log: Any) -> None:
         self.config, self.rank, self.metric_log = config, rank, metric_log
-        self.last_step, self.last_time, self.waited = start_step, time.monotonic(), 0.0
+        self.last_step, self.last_time = start_step, time.monotonic()
+        self.waited = self.input_cpu_s = 0.0
         if rank == 0 and metric_log is not None:
             lost = ray.get(metric_log.lost_since.remote(start_step))
             if start_step or lost:
@@ -178,7 +179,7 @@ class Meter:
         if self.rank == 0 and self.metric_log is not None:
             self.metric_log.reach.remote(step)
 
-    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches; the time until each arrives counts as waiting."""
         iterator = iter(batches)
         while True:
@@ -187,6 +188,7 @@ class Meter:
             self.waited += time.monotonic() - start
             if batch is None:
                 return
+            self.input_cpu_s += batch.cpu_s
             yield batch
 
     def paused(self, batches: Iterable[EvalBatch]) -> Iterator[EvalBatch]:
@@ -206,20 +208,24 @@ class Meter:
         elapsed = max(time.monotonic() - self.last_time, 1e-9)
         rate = (step - self.last_step) / elapsed
         wait = min(self.waited / elapsed, 1.0)
+        # What would decode as fast as the step consumes when it never waits.
+        cores = self.input_cpu_s / max(elapsed - self.waited, 1e-9)
         samples = rate * self.config.optim.batch_size
-        self.last_step, self.last_time, self.waited = step, time.monotonic(), 0.0
+        self.last_step, self.last_time = step, time.monotonic()
+        self.waited = self.input_cpu_s = 0.0
         if self.rank != 0:
             return
         steps = self.config.optim.steps
         terms = "  ".join(f"{n} {v:.4f}" for n, v in zip(names, values, strict=True))
         left = logs.duration((steps - step) / rate)
         log.info(
-            "step %d/%d  loss %.4f  %s  %.0f samples/s  data wait %.0f%%  %s left",
-            *(step, steps, total, terms, samples, 100 * wait, left),
+            "step %d/%d  loss %.4f  %s  %.0f samples/s  data wait %.0f%%, needs %.1f cores a rank  %s left",
+            *(step, steps, total, terms, samples, 100 * wait, cores, left),
         )
         if self.metric_log is not None:
             metrics = {f"train/{n}": v for n, v in zip(names, values, strict=True)}
             metrics |= {"train/loss": total, "train/samples_per_s": samples, "train/data_wait": wait}
+            metrics["train/cores_needed"] = cores
             metrics["train/logit_scale"] = float(logit_scale.detach())
             self.metric_log.log.remote(metrics, step)
 

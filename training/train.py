@@ -84,10 +84,11 @@ def _fit(
 
     # Ray reads this in the driver; its default of 60 s is too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
+    sized = with_loaders(config)
     trainer = TorchTrainer(
         worker,  # type: ignore[arg-type]
-        train_loop_config={"config": config.model_dump(mode="json"), "metric_log": metric_log},
-        scaling_config=scaling(config),
+        train_loop_config={"config": sized.model_dump(mode="json"), "metric_log": metric_log},
+        scaling_config=scaling(sized),
         torch_config=TorchConfig(timeout_s=config.workers.timeout_s),
         run_config=RunConfig(
             name=config.run.name,
@@ -126,10 +127,10 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     """Ranks and what each asks for: one per GPU, else two on CPU; CPUs explicitly, for the decoding processes."""
     workers = config.workers
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = gpus > 0 if workers.use_gpu is None else workers.use_gpu
+    use_gpu = uses_gpus(config)
     num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1
     least = num_workers if isinstance(num_workers, int) else num_workers[0]
-    cpus = workers.cpus_per_worker or workers.loader_workers + 1
+    cpus = workers.cpus_per_worker or (workers.loader_workers or 0) + 1
     resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
     for name, needed in resources.items():
         there = ray.cluster_resources().get(name, 0)
@@ -141,6 +142,26 @@ def scaling(config: TrainConfig) -> ScalingConfig:
             )
     elastic: Any = num_workers  # Ray's annotation lacks the pair
     return ScalingConfig(num_workers=elastic, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+def uses_gpus(config: TrainConfig) -> bool:
+    return "GPU" in ray.cluster_resources() if config.workers.use_gpu is None else config.workers.use_gpu
+
+
+def with_loaders(config: TrainConfig) -> TrainConfig:
+    """`config` with as many decoding processes per rank as the nodes have CPUs for each of their GPUs, less one.
+
+    A rank on CPUs computes for much longer than its batch takes to decode: one process is enough for it.
+    """
+    if config.workers.loader_workers is not None:
+        return config
+    shares = [
+        int(node["Resources"].get("CPU", 0) // node["Resources"]["GPU"])
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU", 0) >= 1
+    ]
+    processes = min(max(min(shares) - 1, 1), MAX_LOADERS) if shares and uses_gpus(config) else 1
+    return configs.apply(config, {"workers.loader_workers": processes})
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -179,6 +200,7 @@ def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:
         )
 
 
+MAX_LOADERS = 16  # a rank's one main process has to collect what they make
 ORDER_KEYS = ("train", "lanes", "shuffle_shards", "crop_scale", "flip")
 
 

@@ -47,7 +47,7 @@ def load_best(run: str, model: TwoTower) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         try:
-            storage.download(best_url(run), path)
+            retry.again(lambda: storage.download(best_url(run), path))
             with safe_open(path, "pt") as file:
                 header = file.metadata()
             model.load_state_dict(safetensors.torch.load_file(path))

@@ -1,6 +1,7 @@
 """The update does not depend on the number of ranks, nor on how small their forward passes are: all gradients."""
 
 import datetime
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
@@ -130,3 +132,35 @@ def test_both_passes_of_a_piece_meet_the_same_dropout():
     assert torch.equal(again.video.vector_BD, cut.video_BD[4:])
     assert not torch.equal(model(frames[4:], tokens[4:]).video.vector_BD, cut.video_BD[4:])  # it does drop
     torch.set_rng_state(after)
+
+
+def gradients_of(model: models.TwoTower) -> dict[str, torch.Tensor]:
+    frames, tokens, weights = batch()
+    sum(objective(model(frames, tokens), tokens, weights).values()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_checkpointed_activations_are_computed_again_and_change_no_gradient():
+    expected, model = gradients_of(build()), build()
+    calls: list[int] = []
+    model.clip.visual.transformer.resblocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.clip.set_grad_checkpointing()
+    found = gradients_of(model)
+    assert len(calls) == 2  # once forward, once more for the backward
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++) for torch.compile")
+def test_compiled_towers_change_no_gradient():
+    expected, model = gradients_of(build()), build()
+    names = list(model.state_dict())
+    torch._dynamo.reset()
+    model.compile_towers()
+    found = gradients_of(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # both towers
+    assert list(model.state_dict()) == names
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)

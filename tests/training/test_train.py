@@ -17,7 +17,7 @@ from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
 from training.config import TrainConfig
 from training.evaluate import arguments, evaluate_run
-from training.train import only_driver, scaling, train
+from training.train import only_driver, scaling, train, with_loaders
 from training.weights import best_url, load_run, run_url
 
 
@@ -59,6 +59,7 @@ def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
     assert tracked.data.params["optim.lr"] == "0.001"
     assert tracked.data.tags["best_checkpoint"] == best_url(url)
     assert {"train/loss", "train/caption", "val/order", "test/r1"} <= set(tracked.data.metrics)
+    assert 0 < tracked.data.metrics["train/cores_needed"] < 100
     assert [step for step, _ in train_losses(tiny)] == [1, 2, 3, 4]
     # Evaluated alone, its best weights score the same, on any number of workers.
     saved = configs.load(TrainConfig, storage.join(url, "config.yaml"), ["workers.num_workers=1"])
@@ -122,6 +123,22 @@ def test_what_cannot_work_is_refused_before_a_worker_starts(
 
 def test_a_cluster_that_grows_is_waited_for(tiny: TrainConfig):
     assert scaling(apply(tiny, {"workers.num_workers": 99, "workers.autoscale": True})).num_workers == 99
+
+
+def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    """Without the share a rank of an 8-GPU node would decode with one process."""
+    open_ended = apply(tiny, {"workers.loader_workers": None, "workers.use_gpu": None})
+    assert with_loaders(open_ended).workers.loader_workers == 1  # no GPU here
+
+    def cluster(*nodes: dict[str, float]) -> None:
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": r} for r in nodes])
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+
+    cluster({"CPU": 64}, {"CPU": 96, "GPU": 8}, {"CPU": 128, "GPU": 8})
+    assert with_loaders(open_ended).workers.loader_workers == 11  # of the smallest share, 12, one is the rank's own
+    cluster({"CPU": 256, "GPU": 4})
+    assert with_loaders(open_ended).workers.loader_workers == 16
+    assert with_loaders(apply(open_ended, {"workers.loader_workers": 3})).workers.loader_workers == 3
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):

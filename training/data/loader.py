@@ -6,6 +6,7 @@ Shapes: B videos of this rank, F frames, C channels, H height, W width, L tokens
 import functools
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     tokens_BL: Tensor
     video_ids: list[str]
     caption_ids: list[str]
+    cpu_s: float  # what making it took, over all its samples
 
 
 class EvalBatch(NamedTuple):
@@ -44,8 +46,17 @@ class EvalBatch(NamedTuple):
     videos: list[SampleInfo]
 
 
-class ClipDataset(Dataset[tuple[Tensor, SampleInfo, int]]):
-    """Samples by (epoch, shard, row): frames, the sample's info, and which caption has its turn.
+class Clip(NamedTuple):
+    """One sample: its frames and info, which caption has its turn, and the CPU seconds that it took."""
+
+    frames_FCHW: Tensor
+    info: SampleInfo
+    turn: int
+    cpu_s: float
+
+
+class ClipDataset(Dataset[Clip]):
+    """Samples by (epoch, shard, row).
 
     `seed` None means evaluation: middle frames, centre square.
     """
@@ -53,7 +64,8 @@ class ClipDataset(Dataset[tuple[Tensor, SampleInfo, int]]):
     def __init__(self, cache: ShardCache, entries: list[ShardEntry], settings: FrameSettings, seed: int | None) -> None:
         self.cache, self.entries, self.settings, self.seed = cache, entries, settings, seed
 
-    def __getitem__(self, item: Item) -> tuple[Tensor, SampleInfo, int]:
+    def __getitem__(self, item: Item) -> Clip:
+        start = time.process_time()  # of all threads: decord decodes in one of its own
         epoch, shard, row = item
         tar, index = self.cache.open(self.entries[shard])
         sample = index.samples[row]
@@ -66,7 +78,7 @@ class ClipDataset(Dataset[tuple[Tensor, SampleInfo, int]]):
         turn = 0
         if self.seed is not None:
             turn = caption_turn(len(info.captions), epoch, self.seed, decode.stable_hash(info.video_id))
-        return frames, info, turn
+        return Clip(frames, info, turn, time.process_time() - start)
 
 
 class Steps:
@@ -112,7 +124,7 @@ def train_loader(
     data = ClipDataset(cache, train_entries(config, dataset), settings, config.seed)
     steps = Steps(sample_order(config, dataset), start, config.optim.steps, rank, world_size)
     collate = functools.partial(_collate_pairs, backbone=model.backbone, max_tokens=model.max_tokens)
-    return _loader(data, steps, collate, config.workers.loader_workers)
+    return _loader(data, steps, collate, config.workers.loader_workers or 0)
 
 
 def eval_loader(
@@ -126,7 +138,7 @@ def eval_loader(
     size = config.eval.batch_size
     batches = [items[i : i + size] for i in range(rank * size, len(items), size * world_size)]
     # One process is enough: evaluation reads each clip once, and its start must not cost more than its work.
-    return _loader(data, batches, _collate_videos, min(config.workers.loader_workers, 1))
+    return _loader(data, batches, _collate_videos, min(config.workers.loader_workers or 0, 1))
 
 
 def eval_frames(config: TrainConfig, views: int) -> FrameSettings:
@@ -173,16 +185,17 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _collate_pairs(samples: list[tuple[Tensor, SampleInfo, int]], backbone: str, max_tokens: int) -> Batch:
-    captions = [info.captions[turn] for _, info, turn in samples]
+def _collate_pairs(clips: list[Clip], backbone: str, max_tokens: int) -> Batch:
+    captions = [clip.info.captions[clip.turn] for clip in clips]
     tokens_BL = models.tokenizer(backbone, max_tokens)([c.text for c in captions])
     return Batch(
-        torch.stack([frames for frames, _, _ in samples]),
+        torch.stack([clip.frames_FCHW for clip in clips]),
         tokens_BL,
-        [info.video_id for _, info, _ in samples],
+        [clip.info.video_id for clip in clips],
         [c.id for c in captions],
+        sum(clip.cpu_s for clip in clips),
     )
 
 
-def _collate_videos(samples: list[tuple[Tensor, SampleInfo, int]]) -> EvalBatch:
-    return EvalBatch(torch.stack([frames for frames, _, _ in samples]), [info for _, info, _ in samples])
+def _collate_videos(clips: list[Clip]) -> EvalBatch:
+    return EvalBatch(torch.stack([clip.frames_FCHW for clip in clips]), [clip.info for clip in clips])
