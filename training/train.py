@@ -4,13 +4,11 @@ The run's folder STORAGE/NAME gets config.yaml (a preset: pointing at it repeats
 result.json. Starting the same (run.name, run.storage) again resumes it; a finished one prints its result.
 """
 
-import hashlib
 import json
 import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import ray
 import ray.exceptions
 from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common import config as configs
 from common import logs, shards, storage
@@ -26,6 +23,7 @@ from common.errors import ConfigError, NotFoundError, ProjectError, RunError, ex
 from training import models, tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import sample_order
+from training.driver import only_driver, with_driver
 from training.failures import TellFailures
 from training.weights import best_url, run_url
 
@@ -219,33 +217,6 @@ def read_result(run: str) -> dict[str, float] | None:
     except NotFoundError:
         return None
     return result
-
-
-def with_driver(actor: Any, **options: Any) -> Any:
-    """The actor on the driver's own node: the loss of another one does not take it away, and a crash is mended."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return actor.options(scheduling_strategy=here, max_restarts=-1, max_task_retries=-1, **options)
-
-
-@ray.remote(num_cpus=0)
-class _DriverMark:
-    """A named actor that lives as long as its driver: the cluster's own lock on a run."""
-
-
-@contextmanager
-def only_driver(run: str) -> Iterator[None]:
-    """Refuse a second live driver on the same run."""
-    name = "driver-" + hashlib.sha256(run.encode()).hexdigest()[:16]
-    try:
-        mark = with_driver(_DriverMark, name=name, namespace="runs").remote()
-    except ValueError:
-        raise RunError(
-            f"run {run} is being trained by another driver right now: wait for it, or choose a run.name"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.kill(mark)
 
 
 def connect() -> None:

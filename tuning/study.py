@@ -21,7 +21,8 @@ from common import logs, shards, storage
 from common.errors import NotFoundError, RunError, exit_with, told
 from training import tracking
 from training.config import TrainConfig
-from training.train import connect, only_driver, read_result, scaling, train, with_absolute_paths
+from training.driver import only_driver
+from training.train import connect, read_result, scaling, train, with_absolute_paths
 from tuning.config import STUDIES, StudyConfig
 from tuning.promote import RESULT
 from tuning.space import domains, plain, resolve, trial_config

@@ -23,17 +23,21 @@ def shapes(s3_server: S3Server, ray_local: object, tmp_path_factory: pytest.Temp
     return url
 
 
-@pytest.fixture
-def tiny(shapes: str, s3: str, tmp_path: Path) -> TrainConfig:
-    """The preset `tiny` on that set: two ranks, four steps; runs on S3, MLflow on sqlite."""
+def tiny_config(shapes: str, storage: str, folder: Path) -> TrainConfig:
+    """The preset `tiny` on that set: two ranks, four steps; runs on S3, cache and MLflow's sqlite in a folder."""
     config = configs.load(TrainConfig, "tiny", [f"data.dataset={shapes}"], PRESETS)
     return apply(
         config,
         {
-            "run.storage": s3,
-            "data.cache": str(tmp_path / "cache"),
-            "tracking.uri": f"sqlite:///{tmp_path / 'mlflow.db'}",
+            "run.storage": storage,
+            "data.cache": str(folder / "cache"),
+            "tracking.uri": f"sqlite:///{folder / 'mlflow.db'}",
             "eval.twins": True,
             "workers.loader_workers": 0,
         },
     )
+
+
+@pytest.fixture
+def tiny(shapes: str, s3: str, tmp_path: Path) -> TrainConfig:
+    return tiny_config(shapes, s3, tmp_path)

@@ -130,15 +130,6 @@ def run(nodes: RayCluster, tmp_path: Path) -> Run:
     return Run(nodes, tmp_path)
 
 
-def test_a_killed_worker(run: Run) -> None:
-    driver = run.start()
-    run.wait_for_step(30)
-    samples.kill_a_worker(run.samples)
-    run.finish(driver)
-    ((step, lost),) = run.restarts()
-    assert step in (20, 40) and lost <= 20 + 2
-
-
 def test_a_killed_driver(run: Run) -> None:
     driver = run.start()
     run.wait_for_step(30)
@@ -225,8 +216,8 @@ def test_storage_that_is_down_for_a_minute(run: Run, s3_alone: S3Server) -> None
     run.finish(driver)
 
 
-def some(fault: Fault, share: int) -> Callable[[str, str], Fault]:
-    """Every `share`-th request of the data path goes wrong."""
+def in_turn(*faults: Fault) -> Callable[[str, str], Fault]:
+    """Every second request of the data path goes wrong, each time in another way."""
     count = 0
 
     def decide(method: str, path: str) -> Fault:
@@ -234,22 +225,22 @@ def some(fault: Fault, share: int) -> Callable[[str, str], Fault]:
         if "/faults/shapes/" not in path or method != "GET":
             return "none"
         count += 1
-        return fault if count % share == 0 else "none"
+        return "none" if count % 2 else faults[count // 2 % len(faults)]
 
     return decide
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "slow", "cut"])
-def test_storage_that_answers_badly(run: Run, proxy: Proxy, fault: Fault) -> None:
+def test_storage_that_answers_badly(run: Run, proxy: Proxy) -> None:
+    """Seen to fail where the dataset's index was read without common.retry: half a body came three times."""
     proxy.injected.clear()
-    proxy.fault = some(fault, 2)
+    proxy.fault = in_turn("500", "cut", "503", "slow", "cut")
     driver = run.start()
     try:
         run.wait(driver)
     finally:
         proxy.fault = lambda method, path: "none"
     run.finish(driver)
-    assert len(proxy.injected) >= 3
+    assert {fault for _, _, fault in proxy.injected} == {"500", "503", "slow", "cut"}
     assert not run.restarts()
 
 

@@ -1,9 +1,11 @@
 """A run that was ended anywhere goes on with the batches that are left, on any number of ranks."""
 
+import io
 import json
 import os
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlflow
 import pytest
@@ -15,9 +17,10 @@ from common import storage
 from common.config import apply
 from common.errors import RunError
 from tests.training import samples
+from tests.training.conftest import tiny_config
 from training.config import TrainConfig
 from training.train import train
-from training.weights import run_url, weights_sha256
+from training.weights import load_run, run_url
 
 
 @pytest.fixture(autouse=True)
@@ -25,17 +28,41 @@ def driver(ray_local: object) -> None:
     ray.init(ignore_reinit_error=True, log_to_driver=False)
 
 
+def logging_samples(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Eight steps, a checkpoint every two, and a log of all video ids."""
+    return apply(config, {"optim.steps": 8, "tracking.samples": str(folder / "samples"), "eval.every": 8})
+
+
 @pytest.fixture
 def logged(tiny: TrainConfig, tmp_path: Path) -> TrainConfig:
-    """Eight steps, a checkpoint every two, and a log of all video ids."""
-    return apply(tiny, {"optim.steps": 8, "tracking.samples": str(tmp_path / "samples"), "eval.every": 8})
+    return logging_samples(tiny, tmp_path)
+
+
+class Whole(NamedTuple):
+    """A run that nothing happened to: what the others must end as."""
+
+    config: TrainConfig
+    result: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    folder = tmp_path_factory.mktemp("whole")
+    config = logging_samples(tiny_config(shapes, f"s3://tests/{folder.name}-{os.urandom(4).hex()}", folder), folder)
+    return Whole(config, train(config))
 
 
 class DieAtAReport(UserCallback):
-    """Ends the process that steers the run, as the loss of its node would, once a checkpoint is committed."""
+    """Ends the process that steers the run, as the loss of its node would, once so many checkpoints are committed."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.left = count
 
     def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
-        os._exit(1)
+        self.left -= 1
+        if not self.left:
+            os._exit(1)
 
 
 def metric(config: TrainConfig, name: str) -> dict[int, float]:
@@ -49,60 +76,64 @@ def another(config: TrainConfig, name: str) -> TrainConfig:
     return apply(config, {"run.name": name, "tracking.samples": str(folder)})
 
 
-def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: TrainConfig):
+def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: TrainConfig, whole: Whole):
     """Without `start=position.step` the first batches come again; without restore() the losses differ."""
-    whole, killed = another(logged, "whole"), another(logged, "killed")
-    expected = train(whole)
-    folder = Path(killed.tracking.samples or "")
+    folder = Path(logged.tracking.samples or "")
     samples.when(lambda: samples.reached(folder) >= 5, lambda: samples.kill_a_worker(folder))
-    assert train(killed) == expected
+    assert train(logged) == whole.result
     first, *_, last = samples.starts(folder)
     assert min(first.steps) == 0 and 0 < min(last.steps) <= 6 and max(last.steps) == 7
-    assert samples.effective(folder) == samples.planned(killed) == samples.effective(Path(whole.tracking.samples or ""))
-    assert metric(killed, "train/loss") == metric(whole, "train/loss")  # to the bit
+    assert samples.effective(folder) == samples.planned(logged)
+    assert metric(logged, "train/loss") == metric(whole.config, "train/loss")  # to the bit
+    (reference,) = samples.starts(Path(whole.config.tracking.samples or ""))
+    assert reference.steps == samples.planned(logged)
     for start in samples.starts(folder):  # the captions' turns, too
-        reference = samples.starts(Path(whole.tracking.samples or ""))[0]
         assert all(reference.captions[step] == ids for step, ids in start.captions.items() if step < 7)
-    lost = metric(killed, "train/lost_steps")
+    lost = metric(logged, "train/lost_steps")
     assert list(lost) == [min(last.steps)] and 0 <= lost[min(last.steps)] <= 2 + 1
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_any_number_of_ranks(logged: TrainConfig):
+def test_a_run_goes_on_at_any_number_of_ranks(logged: TrainConfig, whole: Whole):
     """4 → 3 → 2 → 1 ranks, one checkpoint each. Three do not divide the eight lanes."""
-    whole, parts = another(logged, "whole"), another(logged, "parts")
-    train(apply(whole, {"workers.num_workers": 2}))
     for ranks in (4, 3, 2):
         with pytest.raises(ray.exceptions.ActorDiedError):
-            train(apply(parts, {"workers.num_workers": ranks}), callbacks=[DieAtAReport()])
-    train(apply(parts, {"workers.num_workers": 1}))
-    folder = Path(parts.tracking.samples or "")
+            train(apply(logged, {"workers.num_workers": ranks}), callbacks=[DieAtAReport()])
+    train(apply(logged, {"workers.num_workers": 1}))
+    folder = Path(logged.tracking.samples or "")
     assert [len(start.pids) for start in samples.starts(folder)] == [4, 3, 2, 1]
-    assert samples.effective(folder) == samples.planned(parts)
-    losses, reference = metric(parts, "train/loss"), metric(whole, "train/loss")
+    assert samples.effective(folder) == samples.planned(logged)
+    losses, reference = metric(logged, "train/loss"), metric(whole.config, "train/loss")
     assert losses == pytest.approx(reference, rel=1e-4)
 
 
 @pytest.mark.slow
-def test_chunks_change_nothing_but_the_memory(logged: TrainConfig):
-    whole, chunked = another(logged, "whole"), another(logged, "chunked")
-    train(whole)
-    train(apply(chunked, {"workers.chunk_size": 2}))
-    assert metric(chunked, "train/loss") == pytest.approx(metric(whole, "train/loss"), rel=1e-4)
+def test_chunks_change_nothing_but_the_memory(logged: TrainConfig, whole: Whole):
+    train(apply(logged, {"workers.chunk_size": 2}))
+    assert metric(logged, "train/loss") == pytest.approx(metric(whole.config, "train/loss"), rel=1e-4)
+
+
+def best_weights(config: TrainConfig) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in load_run(run_url(config))[1].state_dict().items()}
+
+
+def last_state(config: TrainConfig) -> dict[str, Any]:
+    urls = [e.url for e in storage.list_files(run_url(config)) if e.url.endswith("/state.pt")]
+    state: dict[str, Any] = torch.load(io.BytesIO(storage.read(max(urls))), weights_only=True)
+    return state
 
 
 @pytest.mark.slow
-def test_a_moving_average_is_what_is_kept_and_it_survives(logged: TrainConfig, tmp_path: Path):
+def test_a_moving_average_is_what_is_kept_and_it_survives(logged: TrainConfig):
     changes = {"optim.ema": 0.5, "optim.steps": 4}
-    whole, parts = apply(another(logged, "whole"), changes), apply(another(logged, "parts"), changes)
-    train(whole)
+    averaged, parts = apply(another(logged, "averaged"), changes), apply(another(logged, "parts"), changes)
+    train(averaged)
     with pytest.raises(ray.exceptions.ActorDiedError):
         train(parts, callbacks=[DieAtAReport()])
     train(parts)
-    assert weights_sha256(run_url(parts)) == weights_sha256(run_url(whole))
-    plain = apply(another(logged, "plain"), {"optim.steps": 4})
-    train(plain)
-    assert weights_sha256(run_url(plain)) != weights_sha256(run_url(whole))
+    expected = best_weights(averaged)
+    assert all(value == expected[name] for name, value in best_weights(parts).items())
+    assert any(value.numpy().tobytes() != expected[name] for name, value in last_state(averaged)["model"].items())
 
 
 def damage(config: TrainConfig, how: str, newest: int) -> None:
@@ -118,23 +149,20 @@ def damage(config: TrainConfig, how: str, newest: int) -> None:
 
 
 def stop_at_its_second_checkpoint(config: TrainConfig) -> None:
-    for _ in range(2):
-        with pytest.raises(ray.exceptions.ActorDiedError):
-            train(config, callbacks=[DieAtAReport()])
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        train(config, callbacks=[DieAtAReport(2)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["flip", "cut"])
-def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(logged: TrainConfig, how: str):
+def test_a_damaged_newest_checkpoint_is_skipped_for_the_one_before(logged: TrainConfig, whole: Whole, how: str):
     """Without the checksum the flipped one is loaded and the losses differ; without the loop the cut one ends it."""
-    whole, parts = another(logged, "whole"), another(logged, "parts")
-    expected = train(whole)
-    stop_at_its_second_checkpoint(parts)
-    damage(parts, how, newest=1)
-    assert train(parts) == expected
-    folder = Path(parts.tracking.samples or "")
+    stop_at_its_second_checkpoint(logged)
+    damage(logged, how, newest=1)
+    assert train(logged) == whole.result
+    folder = Path(logged.tracking.samples or "")
     assert min(samples.starts(folder)[-1].steps) == 2  # not 4
-    assert samples.effective(folder) == samples.planned(parts)
+    assert samples.effective(folder) == samples.planned(logged)
 
 
 @pytest.mark.slow
@@ -145,11 +173,9 @@ def test_only_damaged_checkpoints_are_one_sentence(logged: TrainConfig):
         train(logged)
 
 
-def test_a_checkpoint_is_plain_data(logged: TrainConfig, tmp_path: Path):
+def test_a_checkpoint_is_plain_data(logged: TrainConfig):
     train(apply(logged, {"optim.steps": 2}))
-    (url,) = [e.url for e in storage.list_files(run_url(logged)) if e.url.endswith("/state.pt")]
-    storage.download(url, tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state = last_state(logged)
     assert set(state) == {"model", "optimizer", "step", "best"} and state["step"] == 2
 
 

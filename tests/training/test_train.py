@@ -16,8 +16,9 @@ from common.config import apply, dump
 from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
 from training.config import TrainConfig
+from training.driver import only_driver
 from training.evaluate import arguments, evaluate_run
-from training.train import only_driver, scaling, train, with_loaders
+from training.train import scaling, train, with_loaders
 from training.weights import best_url, load_run, run_url
 
 
