@@ -64,5 +64,10 @@ def test_a_decoder_that_fails_takes_nothing_down(
 
 
 def test_a_stream_that_crashes_the_decoder_is_made_anew(videos: Path, tmp_path: Path, fake: Path) -> None:
+    """Checked in the process of the shard instead, it would be copied, or take the shard down."""
+    copied, made = tmp_path / "copied.mp4", tmp_path / "made.mp4"
+    video.convert(videos / "small.mp4", copied, VideoConfig(), None, None)
+    stop()
     fake.write_text(CRASH)
-    assert video.convert(videos / "small.mp4", tmp_path / "out.mp4", VideoConfig(), None, None).num_frames == 20
+    assert video.convert(videos / "small.mp4", made, VideoConfig(), None, None).num_frames == 20
+    assert copied.read_bytes() != made.read_bytes()

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import subprocess
 import time
 from pathlib import Path
 
@@ -187,6 +188,8 @@ def test_bounds_depend_on_the_file_alone(
             convert(videos / "wide.mp4", tmp_path, config)
         else:
             video.convert_to_frames(videos / "wide.mp4", tmp_path, config, FramesConfig(), None, None)
+    if "in a frame" in reason or "longer" in reason:  # as its header says: it is not even begun
+        assert not list(tmp_path.iterdir())
 
 
 def test_frames_are_bounded_by_their_own_bytes(videos: Path, tmp_path: Path) -> None:
@@ -205,6 +208,11 @@ def test_a_span_of_a_long_video_may_be_short(videos: Path, tmp_path: Path) -> No
         convert(videos / "wide.mp4", tmp_path, config, start=0.5)
 
 
+def piped(source: Path) -> bytes:
+    command = [video.imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(source), "-c", "copy"]
+    return subprocess.run([*command, "-f", "matroska", "-live", "1", "-"], stdout=subprocess.PIPE, check=True).stdout
+
+
 def test_a_header_that_tells_nothing_is_bounded_too(tmp_path: Path) -> None:
     """A stream without a duration, and one whose time stamps jump by hours: filled up, it would have 10^6 frames."""
     ffmpeg(*picture("96x64", 10, 3), "-c:v", "libx264", "-f", "h264", str(tmp_path / "raw.h264"))
@@ -215,6 +223,12 @@ def test_a_header_that_tells_nothing_is_bounded_too(tmp_path: Path) -> None:
     ffmpeg(*picture("96x64", 10, 3), *jump, "-c:v", "libx264", str(tmp_path / "jump.mkv"))
     with pytest.raises(DataError, match=r"longer than video.max_duration_s=1800$"):
         convert(tmp_path / "jump.mkv", tmp_path)
+    # Written to a pipe the same has no duration in its header: no more is filled up than the bound.
+    (tmp_path / "pipe.mkv").write_bytes(piped(tmp_path / "jump.mkv"))
+    assert video.probe(tmp_path / "pipe.mkv", CONFIG).duration_s is None
+    with pytest.raises(DataError, match=r"longer than video.max_duration_s=2$"):
+        convert(tmp_path / "pipe.mkv", tmp_path, CONFIG.model_copy(update={"max_duration_s": 2.0}))
+    assert len(decord.VideoReader(str(tmp_path / "out.mp4"))) == 2 * 10 + 1
 
 
 def test_cpu_time_is_bounded(tmp_path: Path) -> None:
@@ -233,6 +247,7 @@ def test_frames_are_the_middles_of_equal_parts(tmp_path: Path) -> None:
     assert (info.num_frames, len(jpegs)) == (60, 10)
     steps = np.diff(levels)
     assert steps.min() > 0 and steps.max() - steps.min() < 0.2 * steps.mean()  # evenly spaced
+    assert 0.3 < levels[0] / steps.mean() < 0.7  # half a step from the beginning
     assert levels[0] < steps.mean() and levels[-1] > levels[0] + 8.5 * steps.mean()  # from end to end
 
 
