@@ -1,0 +1,66 @@
+"""Metrics in a real MLflow store: each step once, also after an outage or a restart."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from common.errors import StorageError
+from training import tracking
+from training.checkpoint import _within
+
+MetricLog: Any = tracking.MetricLog.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # without its actor
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+@pytest.fixture
+def run_id(client: mlflow.MlflowClient, tmp_path: Path) -> str:
+    experiment = client.create_experiment("tests", artifact_location=str(tmp_path))
+    return str(client.create_run(experiment).info.run_id)
+
+
+def losses(client: mlflow.MlflowClient, run_id: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, "train/loss")]
+
+
+def test_values_wait_while_mlflow_is_down(client: mlflow.MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch):
+    """Seen to fail where `flush` empties `waiting` whatever happens."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    metric_log = MetricLog("http://127.0.0.1:9", run_id)
+    metric_log.log({"train/loss": 2.0}, 1)
+    assert metric_log.flush() == 1
+    metric_log.client = client  # it is back
+    metric_log.log({"train/loss": 1.0}, 2)
+    assert metric_log.flush() == 0
+    assert losses(client, run_id) == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_restart_logs_no_step_twice_and_tells_what_was_lost(client: mlflow.MlflowClient, run_id: str, tmp_path: Path):
+    """Seen to fail without the look at MLflow's history."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    before = MetricLog(uri, run_id)
+    for step in (1, 2, 3):
+        before.log({"train/loss": 4.0 - step}, step)
+    assert before.lost_since(3) == 0
+    before.reach(5)
+    assert before.lost_since(3) == 2
+    after = MetricLog(uri, run_id)  # of another driver
+    assert after.lost_since(1) == 2
+    after.log({"train/loss": 9.0}, 2)
+    after.log({"train/loss": 0.0}, 4)
+    assert losses(client, run_id) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.0)]
+
+
+def test_an_upload_that_hangs_is_given_up():
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"of x did not end within checkpoint.upload_timeout_s=0.2: raise it"):
+        _within(0.2, lambda: time.sleep(300), "the upload of x")
+    assert time.monotonic() - began < 200
+    with pytest.raises(KeyError):  # what the upload itself raises
+        _within(100, lambda: {}["x"], "the upload of x")
