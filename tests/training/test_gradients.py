@@ -1,7 +1,7 @@
 """The update does not depend on the number of ranks, nor on how small their forward passes are: all gradients."""
 
 import datetime
-import shutil
+import functools
 import subprocess
 import sys
 import time
@@ -143,7 +143,7 @@ def gradients_of(model: models.TwoTower) -> dict[str, torch.Tensor]:
 def test_checkpointed_activations_are_computed_again_and_change_no_gradient():
     expected, model = gradients_of(build()), build()
     calls: list[int] = []
-    model.clip.visual.transformer.resblocks[0].register_forward_hook(lambda *_: calls.append(1))
+    model.clip.visual.transformer.resblocks[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
     model.clip.set_grad_checkpointing()
     found = gradients_of(model)
     assert len(calls) == 2  # once forward, once more for the backward
@@ -152,10 +152,11 @@ def test_checkpointed_activations_are_computed_again_and_change_no_gradient():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++) for torch.compile")
-def test_compiled_towers_change_no_gradient():
+def test_compiled_towers_change_no_gradient(monkeypatch: pytest.MonkeyPatch):
+    """Up to the kernels: those that inductor writes need a C++ compiler, and minutes."""
     expected, model = gradients_of(build()), build()
     names = list(model.state_dict())
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     model.compile_towers()
     found = gradients_of(model)
