@@ -86,7 +86,7 @@ def _fit(
     trainer = TorchTrainer(
         worker,  # type: ignore[arg-type]
         train_loop_config={"config": sized.model_dump(mode="json"), "metric_log": metric_log},
-        scaling_config=scaling(sized),
+        scaling_config=scaling(config),
         torch_config=TorchConfig(timeout_s=config.workers.timeout_s),
         run_config=RunConfig(
             name=config.run.name,
@@ -123,7 +123,7 @@ def _of_the_controller(error: Exception) -> Exception:
 
 def scaling(config: TrainConfig) -> ScalingConfig:
     """Ranks and what each asks for: one per GPU, else two on CPU; CPUs explicitly, for the decoding processes."""
-    workers = config.workers
+    workers = with_loaders(config).workers  # Tune reserves by this too, before a trial sizes its own
     gpus = int(ray.cluster_resources().get("GPU", 0))
     use_gpu = uses_gpus(config)
     num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1

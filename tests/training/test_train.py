@@ -137,6 +137,12 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
 
     cluster({"CPU": 64}, {"CPU": 96, "GPU": 8}, {"CPU": 128, "GPU": 8})
     assert with_loaders(open_ended).workers.loader_workers == 11  # of the smallest share, 12, one is the rank's own
+    assert scaling(
+        apply(open_ended, {"workers.cpus_per_worker": None, "workers.autoscale": True})
+    ).resources_per_worker == {
+        "CPU": 12,
+        "GPU": 1,
+    }
     cluster({"CPU": 256, "GPU": 4})
     assert with_loaders(open_ended).workers.loader_workers == 16
     assert with_loaders(apply(open_ended, {"workers.loader_workers": 3})).workers.loader_workers == 3
