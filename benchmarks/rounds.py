@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -13,7 +13,7 @@ Side = Callable[[], Times]
 
 
 def run(
-    file: Path, key: dict[str, Any], count: int, minutes: float, sides: dict[str, Side], output: Path
+    file: Path, key: dict[str, Any], count: int, minutes: float, sides: Mapping[str, Side], output: Path
 ) -> list[dict[str, Times]]:
     """The rows of all rounds under `key`: those in `file`, and more while there is time; `output` is emptied before."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -24,7 +24,7 @@ def run(
         if began + longest - start > 60 * minutes:
             print(f"{len(rows)} of {count} rounds in the time there was: run it again to go on")
             break
-        order = list(sides) if len(rows) % 2 == 0 else list(reversed(sides))
+        order = list(sides) if len(rows) % 2 == 0 else list(sides)[::-1]
         row = {}
         for side in order:
             shutil.rmtree(output, ignore_errors=True)

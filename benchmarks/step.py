@@ -33,6 +33,7 @@ from common import config as configs
 from common.config import Settings, validate
 from common.errors import exit_with
 from training import losses, optim
+from training.collectives import world_size
 from training.config import LossConfig, OptimConfig, PromptSwitchConfig
 from training.models import PromptSwitch
 from training.models import clip as clip_tower
@@ -64,10 +65,14 @@ def plain_features(model: PromptSwitch, prompts_1SD: Tensor, frames_BFCHW: Tenso
     return clip_tower.project_cls(visual, x_NLD[:, 0])
 
 
-def sides_of(config: StepBenchConfig, device: torch.device) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """Each side's one step, and the operations of the first two."""
+def model_of(config: StepBenchConfig) -> PromptSwitch:
     values = {"backbone": config.backbone, "num_frames": config.frames, "num_prompts": config.prompts}
-    model = PromptSwitch(validate(PromptSwitchConfig, {**values, "captioner": {"layers": 2}})).to(device)
+    return PromptSwitch(validate(PromptSwitchConfig, {**values, "captioner": {"layers": 2}}))
+
+
+def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Each side's one step."""
+    model = model_of(config).to(device)
     size = clip_tower.image_size_of(config.backbone)
     frames_BFCHW = torch.randn(config.clips, config.frames, 3, size, size, device=device)
     end = model.clip.vocab_size - 1
@@ -77,7 +82,7 @@ def sides_of(config: StepBenchConfig, device: torch.device) -> tuple[dict[str, C
     prompts_1SD = torch.zeros(1, config.prompts, model.clip.visual.conv1.out_channels, device=device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     ddp = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    loss = LossConfig(caption=0.5)
+    loss, counts = LossConfig(caption=0.5), [config.clips] * world_size()
     settings = OptimConfig(steps=1000)
     fused = optim.build(model, settings)
     plain = AdamW([{k: v for k, v in g.items() if k != "fused"} for g in fused.param_groups], foreach=False)
@@ -91,7 +96,7 @@ def sides_of(config: StepBenchConfig, device: torch.device) -> tuple[dict[str, C
     def step(optimizer: AdamW, context: Callable[[], object]) -> None:
         optim.set_lr(optimizer, settings, 10)
         optimizer.zero_grad()
-        accumulate(ddp, frames_BFCHW, tokens_BL, loss, weights_V, [config.clips], autocast=context)  # type: ignore[arg-type]
+        accumulate(ddp, frames_BFCHW, tokens_BL, loss, weights_V, counts, autocast=context)  # type: ignore[arg-type]
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
         optimizer.step()
 
@@ -99,18 +104,19 @@ def sides_of(config: StepBenchConfig, device: torch.device) -> tuple[dict[str, C
         with sdpa_kernel(SDPBackend.MATH):
             step(plain, nullcontext)
 
-    sides = {
+    return {
         "prompt switch": lambda: towers(model.frame_features),
         "plain clip": lambda: towers(functools.partial(plain_features, model, prompts_1SD)),
         "whole step": lambda: step(fused, autocast),
         "reference step": reference,
     }
-    operations = {}
-    for name in ("prompt switch", "plain clip"):
-        with FlopCounterMode(display=False) as counter:
-            sides[name]()
-        operations[name] = counter.get_total_flops()
-    return sides, operations
+
+
+def operations(act: Callable[[], object]) -> int:
+    """Two for each multiply-add, forward and backward, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        act()
+    return counter.get_total_flops()
 
 
 def timed(act: Callable[[], object], repeats: int, device: torch.device) -> Times:
@@ -137,25 +143,25 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as store:  # one process, so that DDP is what it is in training
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.FileStore(f"{store}/store", 1), rank=0, world_size=1)
-        sides, operations = sides_of(config, device)
-        for side in sides.values():
-            side()  # allocations and first calls
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{config.threads} CPU threads"
-        key = {**config.model_dump(exclude={"folder", "rounds", "minutes"}), "device": name}
+        sides = sides_of(config, device)
+        extra = operations(sides["prompt switch"]) / operations(sides["plain clip"])
+        for act in sides.values():
+            act()  # allocations and first calls
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{config.threads} CPU threads"
+        key = {**config.model_dump(exclude={"folder", "rounds", "minutes"}), "device": where}
         timers = {name: functools.partial(timed, side, config.repeats, device) for name, side in sides.items()}
         rows = rounds.run(folder / "rounds.jsonl", key, config.rounds, config.minutes, timers, folder / "out")
         dist.destroy_process_group()
     if not rows:
         print("no round yet")
         return 0
-    print(f"{name}, {config.backbone}, {config.clips} clips of {config.frames} frames, cube of {config.prompts}")
+    print(f"{where}, {config.backbone}, {config.clips} clips of {config.frames} frames, cube of {config.prompts}")
     images = config.clips * config.frames * config.repeats
     for side in sides:
         print(f"{side}: {rounds.spread([images / row[side]['tasks'] for row in rows])} images/s")
     for ours, other in PAIRS:
         ratios = [row[ours]["tasks"] / row[other]["tasks"] for row in rows]
         print(f"seconds, {ours} / {other}: {rounds.spread(ratios)}")
-    extra = operations["prompt switch"] / operations["plain clip"]
     beyond = [row["prompt switch"]["tasks"] / row["plain clip"]["tasks"] / extra - 1 for row in rows]
     print(f"operations, prompt switch / plain clip: {extra:.4f}")
     print(f"overhead beyond the operations: {rounds.spread(beyond)}")
