@@ -97,7 +97,7 @@ def build_here(config: PrepBenchConfig, workers: int) -> float:
     folder = Path(config.folder)
     values = [f"source.annotations={folder / 'clips.jsonl'}", f"source.videos={folder / 'videos'}"]
     values += [f"output={folder / 'out'}", f"workers={workers}", f"shards.max_samples={_per_shard(config)}"]
-    values += [f"video.short_side={config.short_side}", f"video.max_fps={config.fps}"]
+    values += [f"video.short_side={config.short_side}", f"video.max_fps={config.fps}", "payload=video"]
     build_module.build(configs.load(BuildConfig, "custom", values, PRESETS))
     return time.monotonic() - began[0]
 

@@ -115,7 +115,9 @@ class BuildConfig(Settings):
 
     source: SourceConfig
     output: str = Field(description="folder or s3://bucket/prefix of the dataset; the same one again resumes")
-    payload: Literal["video", "frames"] = Field("video", description="what a sample holds: an mp4, or JPEGs")
+    payload: Literal["frames", "video"] = Field(
+        "frames", description="what a sample holds: JPEGs, read with a fifth of the CPU time, or an mp4 of all frames"
+    )
     shards: ShardConfig = ShardConfig()
     video: VideoConfig = VideoConfig()
     frames: FramesConfig = FramesConfig()

@@ -47,6 +47,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
         if split is not None:
             dataset.split(split)
     sample_order(config, dataset)
+    check_frames(config, dataset)
     models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
     storage.check_writable(run)
     with only_driver(run):
@@ -177,6 +178,24 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.tracking.artifacts is not None:
         changes["tracking.artifacts"] = storage.absolute(config.tracking.artifacts)
     return configs.apply(config, {**changes, "tracking.uri": tracking.absolute_uri(config.tracking.uri)})
+
+
+def check_frames(config: TrainConfig, dataset: shards.DatasetIndex) -> None:
+    """Refuse to read more frames of a clip than a dataset of JPEGs has: some would be taken twice.
+
+    Raises:
+        ConfigError: with the ways out.
+    """
+    entries = [entry for entry in dataset.split(config.data.train[0]).shards if entry.samples]
+    if dataset.payload != "frames" or not entries:
+        return
+    stored = len(shards.read_marker(config.data.dataset, entries[0].name).samples[0].pictures)
+    views, frames = config.eval.views, config.model.num_frames
+    if views * frames > stored:
+        raise ConfigError(
+            f"eval.views={views} of model.num_frames={frames} are {views * frames} frames, the dataset has {stored} "
+            "JPEGs a clip: lower one of the two, or build it again with a larger frames.per_segment"
+        )
 
 
 def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:

@@ -32,7 +32,7 @@ def build_shapes(output: Path | str, shapes: Path, *overrides: str) -> Built:
 
 
 def build_custom(output: Path | str, annotations: str, videos: Path, *overrides: str) -> Built:
-    source = [f"source.annotations={annotations}", f"source.videos={videos}", "video.short_side=64"]
+    source = [f"source.annotations={annotations}", f"source.videos={videos}", "video.short_side=64", "payload=video"]
     return build(load("custom", output, *source, *overrides))
 
 

@@ -322,7 +322,7 @@ def test_annotations_and_videos_on_s3(s3: str, videos: Path, tmp_path: Path, ray
     overrides += ["max_rejected_fraction=0.7", "max_missing_fraction=0.5"]
     built = build(load("custom", tmp_path / "out", *overrides))
     assert set(built.reasons) == {"the file is empty", "there is no such file in source.videos"}
-    assert built.dataset.split("train").samples == 1
+    assert built.dataset.split("train").samples == 1 and built.dataset.payload == "frames"
 
 
 def test_a_missing_bucket_is_one_line(

@@ -8,12 +8,14 @@ import torch
 from common import config as configs
 from common import shards
 from common.config import apply
+from common.errors import ConfigError
 from datasets_prep.build import build
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.verify import verify
 from retrieval import contact_sheet
 from training.config import TrainConfig
 from training.data.loader import eval_loader, open_cache, train_loader
+from training.train import check_frames
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,14 @@ def test_training_and_evaluation_see_the_same_frames(
     for video, frames in zip(batches(tiny, shapes, tmp_path), batches(tiny, jpegs, tmp_path), strict=True):
         difference = (video.float() - frames.float()).abs().mean(dim=(2, 3, 4))  # per video and frame
         assert video.shape == frames.shape and difference.max() < 4
+
+
+def test_more_frames_than_there_are_jpegs_are_refused(tiny: TrainConfig, jpegs: str) -> None:
+    dataset, _ = shards.read_dataset(jpegs)
+    config = apply(tiny, {"data.dataset": jpegs, "eval.views": 5})
+    check_frames(config, dataset)
+    with pytest.raises(ConfigError, match=r"eval\.views=6 .* are 36 frames, the dataset has 30 JPEGs a clip: lower"):
+        check_frames(apply(config, {"eval.views": 6}), dataset)
 
 
 def test_verify_and_contact_sheet_read_them(jpegs: str) -> None:
