@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -102,14 +102,18 @@ def refuse_relative(config: Settings, *paths: str) -> None:
 def from_command_line(schema: type[S], presets: Path, module: str, argv: Sequence[str] | None = None) -> S:
     """The configuration that `python -m MODULE PRESET [key.path=value ...]` asks for.
 
-    `--help` lists the presets and every key; `--print` shows the resolved configuration. Both exit 0.
+    `--help` lists the presets and every key, `PRESET --help` those that it has; `--print` shows the resolved
+    configuration. Both exit 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     usage = f"python -m {module} PRESET [key.path=value ...] [--print] [--help]"
     if "--help" in arguments or "-h" in arguments:
         doc = (sys.modules["__main__"].__doc__ or "").strip()
         names = ", ".join(preset_names(presets))
-        print(f"{usage}\n\n{doc}\n\nPRESET: {names}, or the path or URL of a YAML file\n\n{describe(schema)}")
+        preset = next((a for a in arguments if "=" not in a and not a.startswith("-")), None)
+        values = _read_preset(preset, presets) if preset else {}
+        which = f"PRESET: {names}, or the path or URL of a YAML file; PRESET --help shows the keys that it has"
+        print(f"{usage}\n\n{doc}\n\n{which}\n\n{describe(schema, values)}")
         sys.exit(0)
     show = "--print" in arguments
     arguments = [a for a in arguments if a != "--print"]
@@ -126,14 +130,16 @@ def preset_names(presets: Path) -> list[str]:
     return sorted(p.stem for p in presets.glob("*.yaml"))
 
 
-def describe(schema: type[Settings]) -> str:
-    """One line per key: path, type, default, and its sentence."""
+def describe(schema: type[Settings], values: Mapping[str, Any] | None = None) -> str:
+    """One line per key: path, type, default, and its sentence.
+
+    Args:
+        values: of a preset: they are shown as the defaults, and of a union only the member that they name.
+    """
     lines = []
-    for key, annotation, field in _fields(schema, ""):
-        default = (
-            "required" if field.is_required() else json.dumps(_plain(field.get_default(call_default_factory=True)))
-        )
-        lines.append(f"  {key:<32} {_type_name(annotation):<24} {default:<20} {field.description or ''}")
+    for row in _rows(schema, "", values or {}):
+        only = f"({', '.join(row.members)}) " if row.members else ""
+        lines.append(f"  {row.key:<32} {_type_name(row.type):<24} {row.default:<20} {only}{row.description}")
     return "\n".join(lines)
 
 
@@ -177,22 +183,54 @@ def _sections(annotation: Any) -> list[type[Settings]]:
     return [s for a in get_args(annotation) for s in _sections(a)]
 
 
-def _fields(schema: type[Settings], prefix: str) -> list[tuple[str, Any, Any]]:
-    """(key path, annotation, field) of every leaf; the fields of a union's members are listed once."""
-    rows: dict[str, tuple[str, Any, Any]] = {}
+class _Row(NamedTuple):
+    """A key as `describe` shows it; `members`: those of a union that have it, if not all do."""
+
+    key: str
+    type: Any
+    default: str
+    description: str
+    members: tuple[str, ...] = ()
+
+
+def _rows(schema: type[Settings], prefix: str, values: Mapping[str, Any]) -> list[_Row]:
+    """Every leaf of a schema; a key that is not the same in all members of a union comes once for each kind of it."""
+    rows: list[_Row] = []
     for name, field in schema.model_fields.items():
+        given = values.get(name)
         sections = _sections(field.annotation)
         if not sections:
-            rows.setdefault(prefix + name, (prefix + name, field.annotation, field))
-        for section in sections:
-            for row in _fields(section, f"{prefix}{name}."):
-                rows.setdefault(row[0], row)
-    return list(rows.values())
+            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+            shown = given if name in values else default
+            text = "required" if shown == "required" else json.dumps(_plain(shown))
+            rows.append(_Row(prefix + name, field.annotation, text, field.description or ""))
+            continue
+        inner: Mapping[str, Any] = given if isinstance(given, dict) else {}
+        members = {_tag(section): _rows(section, f"{prefix}{name}.", inner) for section in sections}
+        if inner.get(TAG) in members:
+            members = {inner[TAG]: members[inner[TAG]]}
+        elif len(members) > 1:
+            rows.append(_Row(f"{prefix}{name}.{TAG}", Literal[tuple(members)], "required", "which of them"))
+            members = {tag: [r for r in found if r.key != f"{prefix}{name}.{TAG}"] for tag, found in members.items()}
+        having: dict[_Row, list[str]] = {}
+        for tag, found in members.items():
+            for row in found:
+                having.setdefault(row, []).append(tag)
+        rows += [r._replace(members=tuple(t) if len(t) < len(members) else r.members) for r, t in having.items()]
+    return rows
+
+
+TAG = "name"  # the key that tells the members of a union apart
+
+
+def _tag(section: type[Settings]) -> str:
+    field = section.model_fields.get(TAG)
+    return str(field.default) if field else section.__name__
 
 
 def keys(schema: type[Settings]) -> list[str]:
     """Every dotted key of a schema."""
-    return [key for key, _, _ in _fields(schema, "")]
+    return list(dict.fromkeys(row.key for row in _rows(schema, "", {})))
 
 
 def _explain(schema: type[Settings], error: Any) -> str:

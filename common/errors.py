@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from common.logs import new_line
+
 
 class ProjectError(Exception):
     """A user's mistake or a fault outside the program, told in one sentence."""
@@ -72,12 +74,12 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"{new_line()}interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         known = told(error)
         if known is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
+        print(f"{new_line()}error: {known}", file=sys.stderr)
         sys.exit(1)
     sys.exit(code or 0)

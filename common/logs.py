@@ -3,14 +3,17 @@
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
-LINE_EVERY_S = 5.0
+LINE_EVERY_S, BAR_EVERY_S = 5.0, 0.25
 OURS = ("__main__", "progress", "common", "datasets_prep", "training", "retrieval", "tuning", "cluster")
 
 
@@ -26,7 +29,7 @@ def setup(rank: int | None = None) -> None:
         who = f"{job} {who}"
     logging.basicConfig(
         level=logging.WARNING,
-        format=f"%(asctime)s {who} %(levelname)s %(message)s",
+        format=f"{new_line()}%(asctime)s {who} %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
         force=True,
@@ -55,31 +58,73 @@ class RateLimited:
         self.next_at, self.held = now + self.every_s, 0
 
 
-def progress(items: Iterable[T], what: str, total: int, more: Callable[[], str] = str) -> Iterator[T]:
-    """Yield `items`; show a bar on a terminal, else a line every few seconds and one at the end.
+def new_line() -> str:
+    """What begins a line on stderr: on a terminal it clears the bar that may stand there."""
+    return "\r\033[K" if sys.stderr.isatty() else ""
+
+
+@contextmanager
+def progress(items: Iterable[T], what: str, total: int, more: Callable[[], str] = str) -> Iterator[Iterator[T]]:
+    """`items`, counted as they are done: a bar on a terminal, else a line every few seconds and one at the end.
 
     Args:
         what: the thing counted, in the plural ("shards").
         total: how many there will be.
         more: asked for what else there is to say each time something is shown.
     """
-    terminal = sys.stderr.isatty()
-    start = shown = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if done == total or now - shown >= (0.1 if terminal else LINE_EVERY_S):
-            shown = now
-            rate = done / max(now - start, 1e-9)
-            pace = f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
-            text = f"{done:,} of {total:,} {what}, {pace}, {duration(max(total - done, 0) / rate)} left"
-            text = ", ".join(filter(None, [text, more()]))
-            if terminal:
-                bar = "#" * round(30 * done / max(total, 1))
-                sys.stderr.write(f"\r[{bar:<30}] {text}\033[K" + ("\n" if done == total else ""))
-                sys.stderr.flush()
-            else:
-                logging.getLogger("progress").info(text)
+    line = _Line(what, total, more)
+    if not sys.stderr.isatty() or not total:
+        yield line.counted(items)
+        return
+    ended = threading.Event()
+    # An item may take minutes, in which the time goes on.
+    ticker = threading.Thread(target=line.draw, args=[ended], daemon=True)
+    ticker.start()
+    try:
+        yield line.counted(items)
+    finally:
+        ended.set()
+        ticker.join()
+
+
+class _Line:
+    """How far something is."""
+
+    def __init__(self, what: str, total: int, more: Callable[[], str]) -> None:
+        self.what, self.total, self.more = what, total, more
+        self.done = 0
+        self.start = self.shown = time.monotonic()
+
+    def counted(self, items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            yield item
+            self.done += 1
+            now = time.monotonic()
+            is_due = self.done == self.total or now - self.shown >= LINE_EVERY_S
+            if is_due and not sys.stderr.isatty():
+                self.shown = now
+                logging.getLogger("progress").info(str(self))
+
+    def draw(self, ended: threading.Event) -> None:
+        """The bar, until it has ended."""
+        is_over = False
+        while not is_over:
+            is_over = ended.wait(BAR_EVERY_S)
+            text = f"[{'#' * round(30 * self.done / self.total):<30}] {self}"
+            # A line that goes on in the terminal's next can't be drawn over.
+            text = text[: shutil.get_terminal_size().columns - 1]
+            sys.stderr.write(f"{new_line()}{text}" + ("\n" if is_over else ""))
+            sys.stderr.flush()
+
+    def __str__(self) -> str:
+        elapsed = time.monotonic() - self.start
+        counted = f"{self.done:,} of {self.total:,} {self.what}"
+        if not self.done:
+            return f"{counted}, {duration(elapsed)} so far"
+        rate = self.done / max(elapsed, 1e-9)
+        pace = f"{rate:,.1f}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
+        left = f"{duration(max(self.total - self.done, 0) / rate)} left"
+        return ", ".join(filter(None, [counted, pace, left, self.more()]))
 
 
 def duration(seconds: float) -> str:

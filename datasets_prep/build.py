@@ -75,9 +75,10 @@ def build(config: BuildConfig) -> Built:
         log.info("%d of %d shards are there already", len(done.outcomes), len(plan.cuts))
     todo = [cut for cut in plan.cuts if cut.name not in done.outcomes]
     running = _run(config, plan, todo, output)
-    for finished in logs.progress(running, "shards", len(todo), lambda: str(done)):
-        done.add(finished)
-        _check_budget(config, plan, done.reasons)
+    with logs.progress(running, "shards", len(todo), lambda: str(done)) as finished:
+        for one in finished:
+            done.add(one)
+            _check_budget(config, plan, done.reasons)
     _check_budget(config, plan, done.reasons)
     dataset = _dataset(config, plan, done)
     _publish(dataset.model_dump_json(indent=1).encode(), output, "dataset.json")
@@ -110,14 +111,18 @@ def _repeatable(config: BuildConfig) -> str:
 def summary(built: Built, output: str) -> str:
     """What was built, as a table, and what was not."""
     dataset, reasons = built
+    output = storage.absolute(output)
     lines = [f"{'split':<10}{'shards':>8}{'videos':>12}{'captions':>12}{'MB':>12}"]
     for name, split in dataset.splits.items():
         size = sum(s.bytes for s in split.shards) / 1e6
         lines.append(f"{name:<10}{len(split.shards):>8,}{split.samples:>12,}{split.captions:>12,}{size:>12,.1f}")
     if reasons:
-        lines.append(f"rejected: {reasons.total():,} ({most(reasons)}); the shards' markers name each")
-    output = storage.absolute(output)
+        lines.append(f"rejected: {reasons.total():,} ({most(reasons)}); {_listing(output)} names each")
     return "\n".join([*lines, f"dataset: {output}", f"report:  {storage.join(output, report.NAME)}"])
+
+
+def _listing(output: str) -> str:
+    return f"python -m datasets_prep.verify {output} --rejected"
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def _check_missing(config: BuildConfig, plan: Plan, missing: Missing) -> None:
             f"{what}, more than max_missing_fraction={config.max_missing_fraction:g} allows: "
             "correct source.videos, download them first (this does not), or raise it"
         )
-    log.warning("%s; they are rejected, and the shards' markers name each", what)
+    log.warning("%s; they are rejected", what)
 
 
 def _claim(plan: Plan, output: str) -> None:
@@ -216,14 +221,15 @@ def _publish(data: bytes, output: str, name: str) -> None:
 
 def _check_budget(config: BuildConfig, plan: Plan, reasons: Counter[str]) -> None:
     """Raise RunError as soon as the finished shards alone have too many rejected clips."""
-    rejected = reasons.total()
-    unreadable = rejected - reasons[MISSING]  # those without a file have a limit of their own
-    if rejected and (rejected == plan.num_clips or unreadable > config.max_rejected_fraction * plan.num_clips):
+    found = Counter({reason: n for reason, n in reasons.items() if reason != MISSING})  # those have their own limit
+    if found.total() > config.max_rejected_fraction * plan.num_clips:
         raise RunError(
-            f"{rejected:,} of {plan.num_clips:,} clips were rejected, more than "
-            f"max_rejected_fraction={config.max_rejected_fraction:g} allows ({most(reasons)}): correct the videos "
-            "and choose a new output, or raise it and run again"
+            f"{found.total():,} of {plan.num_clips:,} clips were rejected, more than "
+            f"max_rejected_fraction={config.max_rejected_fraction:g} allows ({most(found)}): correct the videos, "
+            f"which {_listing(config.output)} names, and choose a new output, or raise it and run again"
         )
+    if reasons.total() == plan.num_clips:
+        raise RunError(f"all {plan.num_clips:,} clips were rejected ({most(reasons)}): correct the videos")
 
 
 def most(reasons: Counter[str]) -> str:

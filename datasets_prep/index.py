@@ -55,9 +55,10 @@ def index(config: IndexConfig) -> Built:
         _refuse_twice(seen, config, found)
     settings = config.model_dump(mode="json")
     running = tasks.run(index_tar, missing, lambda i: (folder, missing[i], plan_hash, settings), config.workers)
-    for found in logs.progress(running, "tars", len(missing)):
-        done[found.entry.name] = found
-        _refuse_twice(seen, config, found)
+    with logs.progress(running, "tars", len(missing)) as indexed:
+        for found in indexed:
+            done[found.entry.name] = found
+            _refuse_twice(seen, config, found)
     dataset = _dataset(config, plan_hash, [done[name] for name in sizes])
     reasons = _reasons(done.values())
     _publish(dataset.model_dump_json(indent=1), storage.join(folder, "dataset.json"))

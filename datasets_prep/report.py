@@ -79,12 +79,12 @@ def _samples(output: str, dataset: DatasetIndex) -> Iterable[str]:
     for number in chosen:
         name = entries[number].name
         for sample in shards.read_marker(output, name).samples[: max(1, SAMPLES // len(chosen))]:
-            yield _sample(storage.join(output, name), sample)
+            yield _sample(output, name, sample)
 
 
-def _sample(tar: str, sample: SampleIndex) -> str:
+def _sample(output: str, shard: str, sample: SampleIndex) -> str:
     def member(suffix: str) -> bytes:
-        return storage.read_range(tar, *sample.members[suffix])
+        return storage.read_range(storage.join(output, shard), *sample.members[suffix])
 
     info = sample.info or SampleInfo.model_validate_json(member("json"))
     pictures = sample.pictures
@@ -93,7 +93,7 @@ def _sample(tar: str, sample: SampleIndex) -> str:
     images = "".join(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(j).decode()}">' for j in jpegs)
     captions = "<br>".join(html.escape(c.text) for c in info.captions[:3])
     more = f" and {len(info.captions) - 3} more" if len(info.captions) > 3 else ""
-    about = f"{html.escape(info.video_id)} · {info.duration_s:g} s · {info.width}×{info.height}"
+    about = f"{html.escape(shard)} · {html.escape(info.video_id)} · {info.duration_s:g} s · {info.width}×{info.height}"
     return (
         f'<div class="sample"><span class="frames">{images}</span>'
         f'<div>{captions}{more}<br><span class="id">{about}</span></div></div>'

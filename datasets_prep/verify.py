@@ -4,8 +4,10 @@ OUTPUT is the folder or s3://bucket/prefix that datasets_prep.build or datasets_
 and its first, middle and last frame decoded. The exit code is 0 only if all is right.
 
 --repair deletes the shards that are not, and builds them again from the videos by OUTPUT/config.yaml.
+--rejected only lists the clips that are in no shard, as CSV: shard, video, reason.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -14,6 +16,7 @@ import os
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 from common import config as configs
 from common import logs, shards, storage
 from common.errors import ConfigError, DataError, NotFoundError, StorageError, exit_with
-from common.shards import DatasetIndex, SampleIndex, ShardEntry, ShardIndex
+from common.shards import DatasetIndex, Rejected, SampleIndex, ShardEntry, ShardIndex
 from datasets_prep.check import check
 from datasets_prep.config import BuildConfig
 from datasets_prep.shard_writer import members_of
@@ -69,13 +72,14 @@ def check_all(output: str, dataset: DatasetIndex) -> tuple[list[str], int]:
     good: dict[str, list[tuple[ShardEntry, Checked]]] = {split: [] for split in dataset.splits}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = zip(entries, pool.map(check_one, (entry for _, entry in entries)), strict=True)
-        for (split, entry), result in logs.progress(results, "shards", len(entries)):
-            if isinstance(result, DataError):
-                log.error("%s", result)
-                bad.append(entry.name)
-            else:
-                good[split].append((entry, result))
-                rejected += result.rejected
+        with logs.progress(results, "shards", len(entries)) as checked:
+            for (split, entry), result in checked:
+                if isinstance(result, DataError):
+                    log.error("%s", result)
+                    bad.append(entry.name)
+                else:
+                    good[split].append((entry, result))
+                    rejected += result.rejected
     for split in good:
         bad += _repeating(output, good[split])
     return bad, rejected
@@ -122,6 +126,20 @@ def repair(output: str) -> list[str]:
     build(config)
     verify(output)
     return bad
+
+
+def rejected_clips(output: str) -> Iterator[tuple[str, Rejected]]:
+    """(shard, clip and reason) of every clip that was rejected, by the markers, also those of an unfinished build."""
+    for name in _markers(output):
+        for clip in shards.read_marker(output, name).rejected:
+            yield name, clip
+
+
+def _markers(output: str) -> list[str]:
+    """The shards that have a marker, also those without a sample, which dataset.json does not list."""
+    names = [entry.url.removeprefix(output.rstrip("/") + "/") for entry in storage.list_files(output)]
+    is_marker = [name.endswith(".json") and "/shard-" in name for name in names]
+    return sorted(name.removesuffix(".json") + ".tar" for name, is_one in zip(names, is_marker, strict=True) if is_one)
 
 
 def check_shard(output: str, entry: ShardEntry, plan_hash: str) -> Checked:
@@ -179,11 +197,10 @@ def _check_sums(output: str, dataset: DatasetIndex, rejected: int) -> None:
         planned = json.loads(storage.read(storage.join(output, "plan.json")))["clips"]
     except NotFoundError:  # an index of someone else's tars has no plan
         return
-    listed = {shards.marker_name(entry.name) for split in dataset.splits.values() for entry in split.shards}
-    for entry in storage.list_files(output):
-        name = entry.url.removeprefix(output.rstrip("/") + "/")
-        if name.endswith(".json") and "/shard-" in name and name not in listed:
-            rejected += len(shards.read_marker(output, name.removesuffix(".json") + ".tar").rejected)
+    listed = {entry.name for split in dataset.splits.values() for entry in split.shards}
+    for name in _markers(output):
+        if name not in listed:
+            rejected += len(shards.read_marker(output, name).rejected)
     samples = sum(split.samples for split in dataset.splits.values())
     if (rejected, samples + rejected) != (dataset.rejected, planned):
         raise DataError(
@@ -193,18 +210,20 @@ def _check_sums(output: str, dataset: DatasetIndex, rejected: int) -> None:
 
 
 def main() -> int:
-    usage = "python -m datasets_prep.verify OUTPUT [--repair]"
+    usage = "python -m datasets_prep.verify OUTPUT [--repair | --rejected]"
     arguments = [a.removeprefix("output=") for a in sys.argv[1:]]
     if "--help" in arguments or "-h" in arguments:
         print(f"{usage}\n\n{(__doc__ or '').strip()}")
         return 0
-    is_repair = "--repair" in arguments
-    arguments = [a for a in arguments if a != "--repair"]
+    is_repair, is_list = "--repair" in arguments, "--rejected" in arguments
+    arguments = [a for a in arguments if a not in ("--repair", "--rejected")]
     if len(arguments) != 1:
         raise ConfigError(f"expected one dataset, got {len(arguments)}: {usage}")
     logs.setup()
     output = storage.absolute(arguments[0])
-    if is_repair:
+    if is_list:
+        csv.writer(sys.stdout).writerows((name, clip.video_id, clip.reason) for name, clip in rejected_clips(output))
+    elif is_repair:
         repaired = repair(output)
         print(f"built again: {', '.join(repaired)}" if repaired else "nothing to repair")
     else:

@@ -43,7 +43,8 @@ def embed(config: EmbedConfig) -> Embeddings:
     missing = [(entry, number) for number, entry in enumerate(entries) if part_name(number) not in there]
     if len(missing) < len(entries):
         log.info("%d of %d parts are there already", len(entries) - len(missing), len(entries))
-    done = sum(logs.progress(_encode(config, source, missing), "shards", len(missing)))
+    with logs.progress(_encode(config, source, missing), "shards", len(missing)) as encoded:
+        done = sum(encoded)
     parts = [Part(name=part_name(i), shard=e.name, videos=e.samples) for i, e in enumerate(entries)]
     embeddings = Embeddings(source=source, parts=parts)
     storage.publish_bytes(embeddings.model_dump_json(indent=2).encode(), storage.join(config.output, "embeddings.json"))

@@ -59,10 +59,11 @@ def build(config: IndexConfig) -> IndexInfo:
     embeddings = read_embeddings(url)
     index = faiss.IndexFlatIP(embeddings.source.dimension)
     tables = []
-    for part in logs.progress(embeddings.parts, "parts", len(embeddings.parts)):
-        vectors_VD, table = read_part(url, part, embeddings.source)
-        index.add(vectors_VD)
-        tables.append(table)
+    with logs.progress(embeddings.parts, "parts", len(embeddings.parts)) as parts:
+        for part in parts:
+            vectors_VD, table = read_part(url, part, embeddings.source)
+            index.add(vectors_VD)
+            tables.append(table)
     if not index.ntotal:
         raise DataError(f"{url} holds no videos: its split {embeddings.source.split} is empty")
     ids = pa.concat_tables(tables)

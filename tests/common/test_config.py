@@ -1,5 +1,6 @@
 """Presets, overrides and what a person reads when one is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,15 @@ def test_every_key_is_described_once() -> None:
     for line in configs.describe(Whole).splitlines():
         assert line.split()[0] in keys
     assert "learning rate" in configs.describe(Whole) and "required" in configs.describe(Whole)
+
+
+def test_help_says_which_member_of_a_union_has_a_key_and_what_a_preset_chose() -> None:
+    text = configs.describe(Whole)
+    assert re.search(r'model\.name +"small" \| "deep" +required ', text)
+    assert re.search(r"model\.width +int +8 +\(small\) width", text)
+    text = configs.describe(Whole, {"model": {"name": "deep", "layers": 7}, "flip": True})
+    assert "model.width" not in text and re.search(r"model\.layers +int +7 +number of layers", text)
+    assert re.search(r"flip +bool +true ", text) and re.search(r"title +str +required ", text)
 
 
 PROGRAM = '''"""What it does."""

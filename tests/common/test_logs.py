@@ -2,12 +2,15 @@
 
 import io
 import logging
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 from common import logs
+from common.errors import ConfigError, exit_with
 from tests import entry
 
 
@@ -46,28 +49,72 @@ def test_progress_in_a_log_is_a_line_now_and_then_and_one_at_the_end(
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     caplog.set_level(logging.INFO)
     done = []
-    for item in logs.progress(range(2000), "shards", 2000):
-        done.append(item)
-        clock.now += 0.01  # 20 s in all
+    with logs.progress(range(2000), "shards", 2000) as items:
+        for item in items:
+            done.append(item)
+            clock.now += 0.01  # 20 s in all
     assert done == list(range(2000))
     assert len(caplog.messages) == 4
     assert caplog.messages[-1] == "2,000 of 2,000 shards, 100.0/s, 0s left"
     assert "15s left" in caplog.messages[0]
 
 
-def test_progress_on_a_terminal_is_one_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """No fixture: pytest sets sys.stderr itself when the test begins."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    for _ in logs.progress(range(4), "clips", 4):
-        clock.now += 1
+    monkeypatch.setattr(logs, "BAR_EVERY_S", 0.01)
+    monkeypatch.setenv("COLUMNS", "80")
+    return terminal
+
+
+def wait_for(terminal: Terminal, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while text not in terminal.getvalue():
+        assert time.monotonic() < deadline, terminal.getvalue()
+        time.sleep(0.01)
+
+
+def test_progress_on_a_terminal_is_one_bar_that_moves_while_an_item_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    with logs.progress(range(4), "clips", 4, lambda: "some more") as items:
+        for i in items:
+            wait_for(terminal, f"{i} of 4 clips")
     shown = terminal.getvalue()
-    assert shown.count("\r") == 4 and shown.count("\n") == 1 and shown.endswith("\n")
-    assert "[" + "#" * 30 + "] 4 of 4 clips" in shown
+    assert shown.count("\n") == 1 and shown.endswith("\n")
+    assert "[" + " " * 30 + "] 0 of 4 clips, 0s so far" in shown
+    last = shown.rpartition("\r\033[K")[2]
+    assert last.startswith("[" + "#" * 30 + "] 4 of 4 clips") and last.endswith("0s left, some more\n")
+
+
+def test_a_bar_is_never_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    with logs.progress(range(1), "clips", 1, lambda: "more " * 40) as items:
+        list(items)
+    lines = terminal.getvalue().replace("\n", "").split("\r\033[K")
+    assert max(map(len, lines)) == 79
+
+
+def test_an_error_or_a_log_line_is_not_written_behind_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_a_terminal(monkeypatch)
+    logs.setup()
+    with pytest.raises(SystemExit), logs.progress(range(9), "clips", 9) as items:
+        next(items)
+        wait_for(terminal, "0 of 9")
+        logging.getLogger("common").warning("slow")
+        exit_with(failing)
+    shown = terminal.getvalue()
+    assert "\r\033[Kerror: no\n" in shown and re.search(r"\r\033\[K\S+ \S+ WARNING slow\n", shown)
+    assert shown.endswith("\n")
+
+
+def failing() -> int:
+    raise ConfigError("no")
 
 
 def test_progress_of_nothing_and_of_fewer_than_promised(caplog: pytest.LogCaptureFixture) -> None:
-    assert list(logs.progress([], "clips", 0)) == []
-    assert list(logs.progress([1], "clips", 5)) == [1]
+    with logs.progress([], "clips", 0) as none, logs.progress([1], "clips", 5) as one:
+        assert list(none) == [] and list(one) == [1]
     assert caplog.messages == []
 
 

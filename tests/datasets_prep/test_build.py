@@ -12,6 +12,7 @@ from common import config as configs
 from common import retry, shards, storage
 from common.errors import DataError, RunError
 from datasets_prep import build as build_module
+from datasets_prep import verify as verify_module
 from datasets_prep.build import build, summary
 from datasets_prep.verify import verify
 from tests import entry
@@ -105,7 +106,12 @@ GOOD = {"video": "small.mp4", "caption": "good", "split": "train"}
 
 
 def test_bad_clips_are_rejected_counted_and_shown(
-    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster
+    annotate: Annotate,
+    videos: Path,
+    tmp_path: Path,
+    ray_local: RayCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = ["empty.mp4", "garbage.mp4", "cut.mp4", "sound.mp4", "nowhere.mp4"]
     lines = [GOOD, *({"video": name, "caption": "x", "split": "train"} for name in bad)]
@@ -125,6 +131,10 @@ def test_bad_clips_are_rejected_counted_and_shown(
     assert "rejected: 5 (2 × not a video: moov atom not found; 1 ×" in text
     assert "train            1           1           1" in text
     assert verify(str(output)) == 1
+    capsys.readouterr()
+    assert run(verify_module, str(output), "--rejected", monkeypatch=monkeypatch) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 5 and "train/shard-000000.tar,empty.mp4,the file is empty" in listed
 
 
 def test_hostile_names_and_files_take_nothing_down(
@@ -188,7 +198,10 @@ def test_too_many_rejected_clips_fail_without_dataset_json(
     """Above the limit, or all of them whatever the limit is."""
     lines = [{"video": name, "caption": "x", "split": "train"} for name in ("empty.mp4", "sound.mp4")]
     lines += [] if overrides else [GOOD]
-    with pytest.raises(RunError, match=r"2 of \d clips were rejected, .*max_rejected_fraction=.*the file is empty"):
+    told = (
+        "all 2 clips were rejected" if overrides else "2 of 3 clips were rejected, more than max_rejected_fraction=0.05"
+    )
+    with pytest.raises(RunError, match=f"{told} .*the file is empty"):
         build_custom(tmp_path / "out", annotate(*lines), videos, *overrides)
     assert not (tmp_path / "out/dataset.json").exists()
     with pytest.raises(DataError, match="its build has not finished"):
