@@ -110,10 +110,11 @@ class _Line:
         is_over = False
         while not is_over:
             is_over = ended.wait(BAR_EVERY_S)
-            text = f"[{'#' * round(30 * self.done / self.total):<30}] {self}"
             # A line that goes on in the terminal's next can't be drawn over.
-            text = text[: shutil.get_terminal_size().columns - 1]
-            sys.stderr.write(f"{new_line()}{text}" + ("\n" if is_over else ""))
+            most, text = shutil.get_terminal_size().columns - 1, str(self)
+            width = min(30, max(10, most - 3 - len(text)))
+            bar = "#" * round(width * self.done / self.total)
+            sys.stderr.write(new_line() + f"[{bar:<{width}}] {text}"[:most] + ("\n" if is_over else ""))
             sys.stderr.flush()
 
     def __str__(self) -> str:
