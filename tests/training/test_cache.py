@@ -76,6 +76,20 @@ def test_a_transfer_that_fails_once_is_repeated(tmp_path: Path, monkeypatch: pyt
     assert opened(tmp_path).open(entry)[0].read() == b"x" * 100
 
 
+def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Seen to fail where the first damaged download is the last."""
+    entry = make_shard(tmp_path / "data", 0, b"x" * 100)
+    source = tmp_path / "data" / entry.name
+    original, contents = caches.shards.fetch_shard, [b"y" * 100, b"x" * 100]
+
+    def flaky(url: str, entry: ShardEntry, path: Path) -> None:
+        source.write_bytes(contents.pop(0))
+        original(url, entry, path)
+
+    monkeypatch.setattr(caches.shards, "fetch_shard", flaky)
+    assert opened(tmp_path).open(entry)[0].read() == b"x" * 100
+
+
 def test_the_least_recently_used_shards_go_first_and_open_ones_read_on(tmp_path: Path):
     entries = [make_shard(tmp_path / "data", n, bytes([n]) * 100) for n in range(4)]
     cache = opened(tmp_path, limit=250)

@@ -5,7 +5,6 @@ import functools
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from training import losses, models
 from training.collectives import sum_over_ranks
 from training.config import LossConfig, PromptSwitchConfig
 from training.models import clip as clip_tower
-from training.step import _random_state, _without_graph, accumulate
+from training.step import accumulate
 
 SIZES = {
     "embed_dim": 24,
@@ -118,20 +117,20 @@ def test_all_gradients_equal_those_of_one_process_with_the_whole_batch(world_siz
         )
 
 
-def test_both_passes_of_a_piece_meet_the_same_dropout():
-    model = build()
+def test_both_passes_of_a_piece_meet_the_same_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Seen to fail where `accumulate` does not set the random state back before the second pass."""
+    model, seen = build(), list[torch.Tensor]()
     model.clip.visual.patch_dropout = clip_tower.open_clip.transformer.PatchDropout(0.5)
-    frames, tokens, _ = batch()
-    torch.manual_seed(1)
-    cut, states = _without_graph(
-        model, [(frames[:4], tokens[:4], tokens), (frames[4:], tokens[4:], tokens)], nullcontext
-    )
-    after = torch.get_rng_state()
-    with _random_state(states[1], tokens.device):
-        again = model(frames[4:], tokens[4:])
-    assert torch.equal(again.video.vector_BD, cut.video_BD[4:])
-    assert not torch.equal(model(frames[4:], tokens[4:]).video.vector_BD, cut.video_BD[4:])  # it does drop
-    torch.set_rng_state(after)
+    model.clip.visual.patch_dropout.register_forward_hook(lambda module, given, kept: seen.append(kept.detach()))
+    frames, tokens, weights = batch()
+    dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
+    try:
+        accumulate(DistributedDataParallel(model), frames, tokens, CONFIG, weights, [8], chunk_size=4)
+    finally:
+        dist.destroy_process_group()
+    first, second, first_again, second_again = seen
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    assert first.shape[1] == 1 + 4 // 2  # it does drop
 
 
 def gradients_of(model: models.TwoTower) -> dict[str, torch.Tensor]:
