@@ -87,8 +87,10 @@ def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: Tr
     assert metric(logged, "train/loss") == metric(whole.config, "train/loss")  # to the bit
     (reference,) = samples.starts(Path(whole.config.tracking.samples or ""))
     assert reference.steps == samples.planned(logged)
-    for start in samples.starts(folder):  # the captions' turns, too
-        assert all(reference.captions[step] == ids for step, ids in start.captions.items() if step < 7)
+    captions: dict[int, set[str]] = {}  # their turns, too; the killed rank may not have noted its last step
+    for start in samples.starts(folder):
+        captions.update(start.captions)
+    assert captions == reference.captions
     lost = metric(logged, "train/lost_steps")
     assert list(lost) == [min(last.steps)] and 0 <= lost[min(last.steps)] <= 2 + 1
 
