@@ -1,5 +1,6 @@
 """Whatever is killed during training, the run goes on, or ends in one sentence; no sample is lost or counted twice."""
 
+import contextlib
 import os
 import re
 import signal
@@ -151,6 +152,7 @@ def test_a_killed_node(fragile: RayCluster, tmp_path: Path) -> None:
 
 
 def test_elastic_workers_become_fewer(fragile: RayCluster, tmp_path: Path) -> None:
+    """Seen to fail where the least number of workers is asked for, not the range."""
     run = Run(fragile, tmp_path, **{"workers.num_workers": [1, 3]})
     driver = run.start()
     run.wait_for_step(30)
@@ -179,14 +181,15 @@ def parent_of(pid: int) -> int:
 
 
 def test_a_node_that_is_taken_away_with_notice(fragile: RayCluster, tmp_path: Path) -> None:
-    """No checkpoint is due before the end: what is there is what the notice made."""
+    """No checkpoint is due before the end: what is there is what the notice made. Seen to fail without the look."""
     run = Run(fragile, tmp_path, **{"checkpoint.every": 10_000, "workers.drain_every": 5, "optim.steps": 4 * STEPS})
     driver = run.start()
     run.wait_for_step(20)
     raylet = raylet_with_a_worker(fragile, run)
     drain(fragile, raylet)
     time.sleep(NOTICE_S)
-    os.kill(raylet, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it may have gone by itself
+        os.kill(raylet, signal.SIGKILL)
     run.finish(driver)
     restarts = run.restarts()
     assert restarts and all(step > 20 for step, _ in restarts), run.log.read_text()[-3000:]

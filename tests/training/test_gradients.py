@@ -99,7 +99,8 @@ def run_ranks(world_size: int, chunks: int, folder: Path) -> None:
 
 @pytest.mark.parametrize(("world_size", "chunks"), [(1, 1), (2, 1), (3, 1), (4, 1), (1, 4), (2, 2), (3, 2), (3, 3)])
 def test_all_gradients_equal_those_of_one_process_with_the_whole_batch(world_size: int, chunks: int, tmp_path: Path):
-    """Seen to fail without: the losses' gradients pulled through, `no_sync`, the scale, the global caption total.
+    """Seen to fail without: the losses' gradients pulled through, `no_sync`, the scale, the global caption total, the
+    sum over ranks in the gather's backward, its offsets of unequal ranks, the offset of the labels.
 
     3 x 3 is of ranks with 2, 3 and 3 videos: with 2 and 3 pieces.
     """

@@ -1,4 +1,7 @@
-"""The order of samples: complete, without repeats, and the same for every number of ranks."""
+"""The order of samples: complete, without repeats, and the same for every number of ranks.
+
+Seen to fail with one order for all epochs, one that no seed repeats, and ranks that share out whole lanes evenly.
+"""
 
 import numpy as np
 import pytest

@@ -182,7 +182,7 @@ def test_a_checkpoint_is_plain_data(logged: TrainConfig):
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(logged: TrainConfig):
-    """Also where the log comes more rarely than the checkpoint."""
+    """Also where the log comes more rarely than the checkpoint: seen to fail where only what is logged is looked at."""
     config = apply(logged, {"optim.lr": 1e30, "optim.lr_new": 1e30, "optim.warmup": 0, "tracking.log_every": 100})
     with pytest.raises(RunError, match=r"the loss is nan at step \d .*lower optim.lr"):
         train(config)
