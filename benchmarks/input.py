@@ -39,7 +39,6 @@ from benchmarks import rounds
 from benchmarks.prep import PrepBenchConfig, inputs
 from benchmarks.real_clips import web_video
 from benchmarks.rounds import Times
-from common import config as configs
 from common import shards
 from common.config import Settings
 from common.errors import RunError, exit_with
@@ -206,11 +205,7 @@ def summary(rows: list[dict[str, Times]], clips: int, sizes: dict[str, float], c
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{(__doc__ or '').strip()}\n\n{configs.describe(InputBenchConfig)}")
-        return 0
-    config = configs.validate(InputBenchConfig, configs.parse_overrides(arguments))
+    config = rounds.configured(InputBenchConfig)
     folder, originals = build(config)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)  # as the loader's processes

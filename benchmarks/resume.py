@@ -3,8 +3,8 @@
     python -m benchmarks.resume [key=value ...]
 
 Trains the tiny preset on two workers of a Ray of its own, once for each interval, and ends a worker with kill -9 a few
-times, spread over the interval. A step of the tiny model is some milliseconds, so the seconds are those of starting
-again (processes, imports, process group, checkpoint), which do not depend on the model but for its checkpoint's size.
+times, spread over the interval. A step of the tiny model is short, so the seconds are those of starting again
+(processes, imports, process group, checkpoint), which depend on the model by its checkpoint's size only.
 """
 
 import json
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import ray
 from pydantic import Field, PositiveInt
 
+from benchmarks import rounds
 from common import config as configs
 from common import logs
 from common.config import Settings
@@ -34,7 +35,7 @@ from training.train import connect, train
 class ResumeBenchConfig(Settings):
     """What is measured, and how often."""
 
-    folder: str = Field("data/bench-resume", description="local folder of the dataset and the results")
+    folder: str = Field("data/bench-resume", description="local folder of the dataset")
     intervals: list[PositiveInt] = Field([2, 10, 50], description="values of checkpoint.every")
     kills: PositiveInt = Field(3, description="workers killed in each run")
 
@@ -127,11 +128,7 @@ def measure(config: ResumeBenchConfig, interval: int, dataset: Path) -> tuple[li
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{(__doc__ or '').strip()}\n\n{configs.describe(ResumeBenchConfig)}")
-        return 0
-    config = configs.validate(ResumeBenchConfig, configs.parse_overrides(arguments))
+    config = rounds.configured(ResumeBenchConfig)
     dataset = Path(config.folder).absolute() / "tiny"
     if not (dataset / "dataset.json").exists():
         shutil.rmtree(dataset, ignore_errors=True)

@@ -2,14 +2,28 @@
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
+from common import config as configs
+from common.config import Settings
+
+S = TypeVar("S", bound=Settings)
 Times = dict[str, float]  # span → seconds
 Side = Callable[[], Times]
+
+
+def configured(schema: type[S]) -> S:
+    """The configuration of `python -m benchmarks.X [key=value ...]`; `--help` prints the keys and exits."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\n{configs.describe(schema)}")
+        sys.exit(0)
+    return configs.validate(schema, configs.parse_overrides(arguments))
 
 
 def run(

@@ -15,7 +15,7 @@ texts and videos each the gathered vectors and the sum of their gradients.
 
 The projection is arithmetic, not a measurement. For n nodes of g GPUs, c clips a GPU:
 
-    compute   = operations of a clip x c / (mfu x peak)
+    compute   = operations of a clip (of its image tower alone) x c / (mfu x peak)
     exchange  = max(2 (n - 1)/n G / network of a node, 2 (g - 1)/g G / link between a node's GPUs)
     step      = compute + max(0, exchange - 2/3 compute)       the backward pass hides what it can
 
@@ -23,7 +23,6 @@ Rounds are kept in folder/rounds.jsonl.
 """
 
 import functools
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,7 +36,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from benchmarks import rounds
 from benchmarks.rounds import Times
 from benchmarks.step import StepBenchConfig, model_of, operations, sides_of
-from common import config as configs
 from common.config import Settings
 from common.errors import exit_with
 from training.models import clip
@@ -132,11 +130,7 @@ def step_config(config: ScalingBenchConfig) -> StepBenchConfig:
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{(__doc__ or '').strip()}\n\n{configs.describe(ScalingBenchConfig)}")
-        return 0
-    config = configs.validate(ScalingBenchConfig, configs.parse_overrides(arguments))
+    config = rounds.configured(ScalingBenchConfig)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     sides = {"one rank": (1, 1), "two ranks": (2, 2), "two apart": (2, 1)}

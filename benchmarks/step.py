@@ -12,7 +12,6 @@ arithmetic. On a GPU the first three run under bf16 autocast. Rounds are kept in
 """
 
 import functools
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,7 +28,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rounds
 from benchmarks.rounds import Times
-from common import config as configs
 from common.config import Settings, validate
 from common.errors import exit_with
 from training import losses, optim
@@ -130,11 +128,7 @@ def timed(act: Callable[[], object], repeats: int, device: torch.device) -> Time
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if "--help" in arguments or "-h" in arguments:
-        print(f"{(__doc__ or '').strip()}\n\n{configs.describe(StepBenchConfig)}")
-        return 0
-    config = configs.validate(StepBenchConfig, configs.parse_overrides(arguments))
+    config = rounds.configured(StepBenchConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common import storage
 from common.errors import ConfigError
 
+TAG = "name"  # the key that tells the members of a union apart
+
 
 class Settings(BaseModel):
     """Base of every configuration section: frozen, unknown keys refused, defaults validated."""
@@ -200,9 +202,11 @@ def _rows(schema: type[Settings], prefix: str, values: Mapping[str, Any]) -> lis
         given = values.get(name)
         sections = _sections(field.annotation)
         if not sections:
-            default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-            shown = given if name in values else default
-            text = "required" if shown == "required" else json.dumps(_plain(shown))
+            if field.is_required() and name not in values:
+                text = "required"
+            else:
+                shown = given if name in values else field.get_default(call_default_factory=True)
+                text = json.dumps(_plain(shown))
             rows.append(_Row(prefix + name, field.annotation, text, field.description or ""))
             continue
         inner: Mapping[str, Any] = given if isinstance(given, dict) else {}
@@ -218,9 +222,6 @@ def _rows(schema: type[Settings], prefix: str, values: Mapping[str, Any]) -> lis
                 having.setdefault(row, []).append(tag)
         rows += [r._replace(members=tuple(t) if len(t) < len(members) else r.members) for r, t in having.items()]
     return rows
-
-
-TAG = "name"  # the key that tells the members of a union apart
 
 
 def _tag(section: type[Settings]) -> str:

@@ -129,8 +129,19 @@ def repair(output: str) -> list[str]:
 
 
 def rejected_clips(output: str) -> Iterator[tuple[str, Rejected]]:
-    """(shard, clip and reason) of every clip that was rejected, by the markers, also those of an unfinished build."""
-    for name in _markers(output):
+    """(shard, clip and reason) of every clip that was rejected, by the markers, also those of an unfinished build.
+
+    Raises:
+        DataError: there is no dataset.
+    """
+    names = set(_markers(output))
+    try:
+        dataset, _ = shards.read_dataset(output)
+        names.update(entry.name for split in dataset.splits.values() for entry in split.shards)  # tars of someone else
+    except DataError:
+        if not names:
+            raise
+    for name in sorted(names):
         for clip in shards.read_marker(output, name).rejected:
             yield name, clip
 

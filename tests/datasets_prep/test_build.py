@@ -135,6 +135,7 @@ def test_bad_clips_are_rejected_counted_and_shown(
     assert run(verify_module, str(output), "--rejected", monkeypatch=monkeypatch) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == 5 and "train/shard-000000.tar,empty.mp4,the file is empty" in listed
+    assert run(verify_module, str(tmp_path / "nowhere"), "--rejected", monkeypatch=monkeypatch) == 1
 
 
 def test_hostile_names_and_files_take_nothing_down(

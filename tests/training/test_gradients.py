@@ -118,7 +118,7 @@ def test_all_gradients_equal_those_of_one_process_with_the_whole_batch(world_siz
         )
 
 
-def test_both_passes_of_a_piece_meet_the_same_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_both_passes_of_a_piece_meet_the_same_dropout(tmp_path: Path):
     """Seen to fail where `accumulate` does not set the random state back before the second pass."""
     model, seen = build(), list[torch.Tensor]()
     model.clip.visual.patch_dropout = clip_tower.open_clip.transformer.PatchDropout(0.5)
