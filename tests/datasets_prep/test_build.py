@@ -209,18 +209,6 @@ def test_too_many_rejected_clips_fail_without_dataset_json(
         shards.read_dataset(str(tmp_path / "out"))
 
 
-def test_jpegs_are_the_same_bytes_for_any_number_of_workers_and_after_a_repair(
-    shapes: Path, tmp_path: Path, ray_local: RayCluster
-) -> None:
-    for name, workers in (("one", 1), ("two", 2)):
-        build_shapes(tmp_path / name, shapes, "payload=frames", "frames.segments=2", f"workers={workers}")
-    for lost in ("train/shard-000001.json", "dataset.json"):
-        (tmp_path / "two" / lost).unlink()
-    (tmp_path / "two/train/shard-000001.tar").write_bytes(b"cut short")
-    build_shapes(tmp_path / "two", shapes, "payload=frames", "frames.segments=2")
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
 def test_a_split_without_readable_clips_is_left_out(
     annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster
 ) -> None:
