@@ -9,37 +9,61 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 from cluster import processes
-from cluster.local import S3Server
+from cluster.local import RayCluster, S3Server
 from common import storage
 
+T = TypeVar("T")
 Fault = Literal["none", "500", "503", "slow", "cut"]
 HOP_BY_HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
 
 
-def wait_until(true: Callable[[], bool], timeout_s: float = 200) -> None:
+def wait_until(true: Callable[[], T], timeout_s: float = 200) -> T:
+    """What `true()` returned, once it is."""
     deadline = time.monotonic() + timeout_s
-    while not true():
+    while not (value := true()):
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.2)
+    return value
+
+
+def commands(mark: str, *words: str) -> dict[int, list[str]]:
+    """By pid, the commands of the processes that carry `mark` and have all these words in their command."""
+    found = {}
+    for pid in processes.alive(mark):
+        try:
+            command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes())
+        except OSError:
+            continue
+        if all(word in command for word in words):
+            found[pid] = command.split("\0")[:-1]
+    return found
 
 
 def kill(mark: str, *words: str) -> list[list[str]]:
-    """SIGKILL the processes that carry `mark` and have all these words in their command; the commands."""
-    commands = {}
-    for pid in processes.alive(mark):
-        try:
-            commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-    matching = {pid: c for pid, c in commands.items() if all(word.encode() in c for word in words)}
-    assert matching, words
-    for pid in matching:
+    """SIGKILL the processes with these words in their command, once there are some; the commands."""
+    found = wait_until(lambda: commands(mark, *words))
+    for pid in found:
         os.kill(pid, signal.SIGKILL)
-    return [[os.fsdecode(part) for part in command.split(b"\0")[:-1]] for command in matching.values()]
+    return list(found.values())
+
+
+def kill_node(nodes: RayCluster, place: int, task: str) -> None:
+    """SIGKILL a node while a worker of it runs `task`, and that worker with it: a machine takes all that it runs."""
+    (raylet,) = commands(nodes.mark, "raylet/raylet", f"{nodes.temp}/{place}/")
+
+    def busy() -> list[int]:
+        return [pid for pid in commands(nodes.mark, task) if parent_of(pid) == raylet]
+
+    for pid in (*wait_until(busy), raylet):
+        os.kill(pid, signal.SIGKILL)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def stop_storage(server: S3Server) -> list[str]:

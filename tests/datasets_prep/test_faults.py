@@ -14,7 +14,7 @@ from common import storage
 from datasets_prep.verify import verify
 from tests.conftest import RAY_FOLDER, REPOSITORY
 from tests.datasets_prep.conftest import ffmpeg, picture
-from tests.faults import answers, kill, start_storage, stop_storage, wait_until
+from tests.faults import answers, kill, kill_node, start_storage, stop_storage, wait_until
 
 pytestmark = pytest.mark.slow
 SHARDS = 14
@@ -152,6 +152,6 @@ def test_a_killed_node(nodes: RayCluster, arguments: list[str], undisturbed: dic
     output = "s3://faults/node"
     driver = start(nodes, arguments, output, tmp_path / "log")
     wait_for_markers(output, 3)
-    kill(nodes.mark, "raylet/raylet", f"{nodes.temp}/2/")
+    kill_node(nodes, 2, "ray::write_shard")
     assert "again in" in finish(driver, tmp_path / "log")
     assert objects(output) == undisturbed

@@ -13,12 +13,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from cluster import processes
 from cluster.local import RayCluster, S3Server, start_ray, start_s3
 from common import config as configs
 from common.config import dump
 from tests.conftest import RAY_FOLDER, REPOSITORY
-from tests.faults import Fault, Proxy, start_storage, stop_storage, wait_until
+from tests.faults import Fault, Proxy, commands, parent_of, start_storage, stop_storage, wait_until
 from tests.training import samples
 from training.config import PRESETS, TrainConfig
 
@@ -168,16 +167,10 @@ def kill_a_node(nodes: RayCluster, run: Run) -> None:
 def raylet_with_a_worker(nodes: RayCluster, run: Run) -> int:
     """The pid of one that is not the head's, where the driver lives."""
     parents = {parent_of(pid) for pid in samples.starts(run.samples)[-1].pids}
-    for pid in processes.alive(nodes.mark):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        is_raylet = b"raylet/raylet" in command.split(b"\0")[0] and f"{nodes.temp}/0/".encode() not in command
-        if is_raylet and pid in parents:
+    for pid, (_, *options) in commands(nodes.mark, "raylet/raylet").items():
+        if pid in parents and f"{nodes.temp}/0/" not in " ".join(options):
             return pid
     raise AssertionError("no worker is on a node that may be killed")
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_a_node_that_is_taken_away_with_notice(fragile: RayCluster, tmp_path: Path) -> None:
