@@ -19,6 +19,7 @@ from common.shards import ShardEntry
 from retrieval.config import PRESETS, EmbedConfig
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
 from retrieval.encoder import Embedder, encode_sentences, load_two_tower
+from training.data.loader import check_frames
 from training.train import connect
 from training.weights import weights_sha256
 
@@ -60,13 +61,15 @@ def _source(config: EmbedConfig) -> tuple[Source, list[ShardEntry]]:
     run_config, model = load_two_tower(config.run)
     url = storage.absolute(config.dataset or run_config.data.dataset)
     dataset, dataset_sha256 = shards.read_dataset(url)
+    views = config.views or run_config.eval.views
+    check_frames(run_config, url, dataset, config.split, views)
     source = Source(
         run=config.run,
         dataset=url,
         weights_sha256=weights_sha256(config.run),
         dataset_sha256=dataset_sha256,
         split=config.split,
-        views=config.views or run_config.eval.views,
+        views=views,
         dimension=encode_sentences(run_config, model, ["a video"]).shape[1],
         dtype=config.dtype,
     )

@@ -18,6 +18,7 @@ class CaptionerConfig(Settings):
     """The caption head: a causal decoder over the frame features, used in training only."""
 
     layers: PositiveInt = Field(2, description="decoder layers")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the decoder in training")
 
 
 class TwoTowerConfig(Settings):
@@ -157,7 +158,9 @@ class WorkerConfig(Settings):
         False, description="make activations again in the backward pass: less memory, a third more work"
     )
     max_failures: int = Field(3, ge=-1, description="restarts after a failed worker; -1 = without end")
-    timeout_s: PositiveInt = Field(600, description="seconds until a hung collective is an error")
+    timeout_s: PositiveInt = Field(
+        600, description="seconds until a collective that hangs, or a worker that does not answer Ray, is an error"
+    )
     drain_every: PositiveInt = Field(
         10, description="steps between looks whether a node is being taken away; while one is, each look saves"
     )

@@ -20,6 +20,7 @@ from common import logs, shards, storage
 from common.errors import ConfigError, exit_with, told
 from training import models
 from training.config import PRESETS, TrainConfig
+from training.data.loader import check_frames
 from training.loop import test_metrics
 from training.train import connect, scaling, with_absolute_paths, with_loaders
 from training.weights import run_url
@@ -31,7 +32,7 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
     if config.data.test is None:
         raise ConfigError("data.test is null: give data.test=SPLIT")
     dataset, _ = shards.read_dataset(config.data.dataset)
-    dataset.split(config.data.test)
+    check_frames(config, config.data.dataset, dataset, config.data.test, config.eval.views)
     name = f"{config.data.test}-{time.strftime('%Y%m%d-%H%M%S')}"
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type]

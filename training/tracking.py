@@ -131,7 +131,9 @@ class MetricLog:
     def log(self, metrics: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         self.waiting += [(name, value, now, step) for name, value in metrics.items()]
-        self.waiting = self.waiting[-MAX_WAITING:]
+        if len(self.waiting) > MAX_WAITING:
+            self.warn.warning(f"MLflow is out for too long: the oldest of more than {MAX_WAITING} values are dropped")
+            self.waiting = self.waiting[-MAX_WAITING:]
         self.flush()
 
     def reach(self, step: int) -> None:

@@ -22,7 +22,7 @@ from common import logs, shards, storage
 from common.errors import ConfigError, NotFoundError, ProjectError, RunError, exit_with, told
 from training import models, tracking
 from training.config import PATHS, PRESETS, TrainConfig
-from training.data.loader import sample_order
+from training.data.loader import check_frames, sample_order
 from training.driver import only_driver, with_driver
 from training.failures import TellFailures
 from training.weights import best_url, run_url
@@ -47,7 +47,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
         if split is not None:
             dataset.split(split)
     sample_order(config, dataset)
-    check_frames(config, dataset)
+    check_frames(config, config.data.dataset, dataset, config.data.train[0], config.eval.views)
     models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
     storage.check_writable(run)
     with only_driver(run):
@@ -81,8 +81,9 @@ def _fit(
             logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # its log line is a traceback; see TellFailures
             raise
 
-    # Ray reads this in the driver; its default of 60 s is too short for a cluster that has to grow first.
+    # Ray reads these in the driver; its 60 s for a start are too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.workers.timeout_s))
     sized = with_loaders(config)
     trainer = TorchTrainer(
         worker,  # type: ignore[arg-type]
@@ -150,16 +151,29 @@ def uses_gpus(config: TrainConfig) -> bool:
 def with_loaders(config: TrainConfig) -> TrainConfig:
     """`config` with as many decoding processes per rank as the nodes have CPUs for each of their GPUs, less one.
 
-    A rank on CPUs computes for much longer than its batch takes to decode: one process is enough for it.
+    No more than fit `cpus_per_worker`. A rank on CPUs computes for much longer than its batch takes to decode: one
+    process is enough for it.
+
+    Raises:
+        ConfigError: no node with a GPU is there yet to go by.
     """
-    if config.workers.loader_workers is not None:
+    workers = config.workers
+    if workers.loader_workers is not None:
         return config
-    shares = [
-        int(node["Resources"].get("CPU", 0) // node["Resources"]["GPU"])
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("GPU", 0) >= 1
-    ]
-    processes = min(max(min(shares) - 1, 1), MAX_LOADERS) if shares and uses_gpus(config) else 1
+    processes = 1
+    if uses_gpus(config):
+        shares = [
+            int(node["Resources"].get("CPU", 0) // node["Resources"]["GPU"])
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("GPU", 0) >= 1
+        ]
+        if not shares and workers.autoscale:
+            raise ConfigError(
+                "workers.loader_workers=null goes by the CPUs per GPU of a node, and none with a GPU is there yet: "
+                "give the number"
+            )
+        share = min(shares, default=2) if workers.cpus_per_worker is None else int(workers.cpus_per_worker)
+        processes = min(max(share - 1, 1), MAX_LOADERS)
     return configs.apply(config, {"workers.loader_workers": processes})
 
 
@@ -178,24 +192,6 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.tracking.artifacts is not None:
         changes["tracking.artifacts"] = storage.absolute(config.tracking.artifacts)
     return configs.apply(config, {**changes, "tracking.uri": tracking.absolute_uri(config.tracking.uri)})
-
-
-def check_frames(config: TrainConfig, dataset: shards.DatasetIndex) -> None:
-    """Refuse to read more frames of a clip than a dataset of JPEGs has: some would be taken twice.
-
-    Raises:
-        ConfigError: with the ways out.
-    """
-    entries = [entry for entry in dataset.split(config.data.train[0]).shards if entry.samples]
-    if dataset.payload != "frames" or not entries:
-        return
-    stored = len(shards.read_marker(config.data.dataset, entries[0].name).samples[0].pictures)
-    views, frames = config.eval.views, config.model.num_frames
-    if views * frames > stored:
-        raise ConfigError(
-            f"eval.views={views} of model.num_frames={frames} are {views * frames} frames, the dataset has {stored} "
-            "JPEGs a clip: lower one of the two, or build it again with a larger frames.per_segment"
-        )
 
 
 def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:

@@ -147,6 +147,14 @@ def test_an_unknown_split_is_refused(embed_config: EmbedConfig) -> None:
         embed_here(embed_config.model_copy(update={"split": "val"}))
 
 
+def test_more_frames_than_there_are_jpegs_are_refused(run: str, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", (1,))
+    for path in (root / "dataset.json", root / "test" / "shard-000000.json"):  # one JPEG a clip
+        path.write_text(path.read_text().replace('"payload":"video"', '"payload":"frames"').replace("mp4", "000.jpg"))
+    with pytest.raises(ConfigError, match=r"eval\.views=3 .* are 6 frames, the dataset has 1 JPEGs a clip: lower"):
+        embed_here(settings(run, tmp_path, dataset=str(root), views=3))
+
+
 def test_a_submitted_job_needs_absolute_paths(
     embed_config: EmbedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,10 @@
 """The payload `frames`: JPEGs instead of an mp4, read by training, evaluation and the contact sheet alike."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from common import config as configs
@@ -14,8 +16,9 @@ from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.verify import verify
 from retrieval import contact_sheet
 from training.config import TrainConfig
-from training.data.loader import eval_loader, open_cache, train_loader
-from training.train import check_frames
+from training.data.loader import check_frames, eval_loader, open_cache, train_loader
+from training.evaluate import evaluate_run
+from training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +47,15 @@ def test_training_and_evaluation_see_the_same_frames(
         assert video.shape == frames.shape and difference.max() < 4
 
 
-def test_more_frames_than_there_are_jpegs_are_refused(tiny: TrainConfig, jpegs: str) -> None:
+@pytest.mark.parametrize("command", [train, evaluate_run])
+def test_more_frames_than_there_are_jpegs_are_refused(
+    command: Callable[[TrainConfig], object], tiny: TrainConfig, jpegs: str
+) -> None:
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
     dataset, _ = shards.read_dataset(jpegs)
-    config = apply(tiny, {"data.dataset": jpegs, "eval.views": 5})
-    check_frames(config, dataset)
+    check_frames(tiny, jpegs, dataset, "test", views=5)
     with pytest.raises(ConfigError, match=r"eval\.views=6 .* are 36 frames, the dataset has 30 JPEGs a clip: lower"):
-        check_frames(apply(config, {"eval.views": 6}), dataset)
+        command(apply(tiny, {"data.dataset": jpegs, "eval.views": 6}))
 
 
 def test_verify_and_contact_sheet_read_them(jpegs: str) -> None:

@@ -10,11 +10,13 @@ import ray
 import safetensors.torch
 from ray.train import UserCallback
 
+from cluster.local import RayCluster
 from common import config as configs
 from common import storage
 from common.config import apply, dump
 from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
+from tests.faults import commands, kill, wait_until
 from training.config import TrainConfig
 from training.driver import only_driver
 from training.evaluate import arguments, evaluate_run
@@ -103,6 +105,17 @@ def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):
         train(tiny)
 
 
+def test_a_run_stays_locked_when_the_process_that_marks_it_crashes(tiny: TrainConfig, ray_local: RayCluster):
+    """Seen to fail where the actor is not restarted."""
+    mark = "ray::_DriverMark"
+    with only_driver(run_url(tiny)):
+        before = wait_until(lambda: set(commands(ray_local.mark, mark)))
+        kill(ray_local.mark, mark)
+        wait_until(lambda: set(commands(ray_local.mark, mark)) - before, 60)
+        with pytest.raises(RunError, match="another driver"):
+            train(tiny)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -146,6 +159,10 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
     cluster({"CPU": 256, "GPU": 4})
     assert with_loaders(open_ended).workers.loader_workers == 16
     assert with_loaders(apply(open_ended, {"workers.loader_workers": 3})).workers.loader_workers == 3
+    assert with_loaders(apply(open_ended, {"workers.cpus_per_worker": 4})).workers.loader_workers == 3
+    cluster({"CPU": 64})  # its nodes with GPUs are to come
+    with pytest.raises(ConfigError, match="none with a GPU is there yet: give the number"):
+        with_loaders(apply(open_ended, {"workers.autoscale": True}))
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):

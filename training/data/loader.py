@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import shards
-from common.errors import DataError, ProjectError
+from common.errors import ConfigError, DataError, ProjectError
 from common.shards import DatasetIndex, SampleInfo, ShardEntry
 from training import models
 from training.config import TrainConfig
@@ -146,6 +146,24 @@ def eval_frames(config: TrainConfig, views: int) -> FrameSettings:
     model = config.model
     chunks = views * model.num_frames // model.segments
     return FrameSettings(model.segments, chunks, models.image_size_of(model.backbone))
+
+
+def check_frames(config: TrainConfig, url: str, dataset: DatasetIndex, split: str, views: int) -> None:
+    """Refuse to read more frames of a clip than a dataset of JPEGs has: some would be taken twice.
+
+    Raises:
+        ConfigError: with the ways out.
+    """
+    entries = [entry for entry in dataset.split(split).shards if entry.samples]
+    if dataset.payload != "frames" or not entries:
+        return
+    stored = len(shards.read_marker(url, entries[0].name).samples[0].pictures)
+    frames = config.model.num_frames
+    if views * frames > stored:
+        raise ConfigError(
+            f"eval.views={views} of model.num_frames={frames} are {views * frames} frames, the dataset has {stored} "
+            "JPEGs a clip: lower one of the two, or build it again with a larger frames.per_segment"
+        )
 
 
 def _loader(

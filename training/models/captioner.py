@@ -17,10 +17,11 @@ class Captioner(nn.Module):
     the token embedding, not tied to it. The memory is the frame features before their normalisation.
     """
 
-    def __init__(self, clip: open_clip.CLIP, layers: int) -> None:
+    def __init__(self, clip: open_clip.CLIP, layers: int, dropout: float = 0.0) -> None:
         super().__init__()
         vocabulary, width = clip.token_embedding.weight.shape
-        layer = nn.TransformerDecoderLayer(width, clip_tower.text_heads(clip), 4 * width, dropout=0.0, batch_first=True)
+        heads = clip_tower.text_heads(clip)
+        layer = nn.TransformerDecoderLayer(width, heads, 4 * width, dropout, batch_first=True)
         self.prenorm = nn.LayerNorm(width)
         self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
         self.head = nn.Linear(width, vocabulary)

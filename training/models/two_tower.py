@@ -52,7 +52,8 @@ class TwoTower(nn.Module, ABC):
     def __init__(self, config: TwoTowerConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
         super().__init__()
         self.clip = clip_tower.build_clip(config.backbone, config.pretrained) if clip is None else clip
-        self.captioner = Captioner(self.clip, config.captioner.layers) if config.captioner else None
+        head = config.captioner
+        self.captioner = Captioner(self.clip, head.layers, head.dropout) if head else None
 
     @property
     def is_plain_clip(self) -> bool:
