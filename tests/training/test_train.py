@@ -141,7 +141,8 @@ def test_a_cluster_that_grows_is_waited_for(tiny: TrainConfig):
 
 def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch):
     """Without the share a rank of an 8-GPU node would decode with one process."""
-    open_ended = apply(tiny, {"workers.loader_workers": None, "workers.use_gpu": None})
+    changes = {"workers.loader_workers": None, "workers.use_gpu": None, "workers.cpus_per_worker": None}
+    open_ended = apply(tiny, changes)
     assert with_loaders(open_ended).workers.loader_workers == 1  # no GPU here
 
     def cluster(*nodes: dict[str, float]) -> None:
@@ -150,19 +151,15 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
 
     cluster({"CPU": 64}, {"CPU": 96, "GPU": 8}, {"CPU": 128, "GPU": 8})
     assert with_loaders(open_ended).workers.loader_workers == 11  # of the smallest share, 12, one is the rank's own
-    assert scaling(
-        apply(open_ended, {"workers.cpus_per_worker": None, "workers.autoscale": True})
-    ).resources_per_worker == {
-        "CPU": 12,
-        "GPU": 1,
-    }
+    grows = apply(open_ended, {"workers.autoscale": True})
+    assert scaling(grows).resources_per_worker == {"CPU": 12, "GPU": 1}
     cluster({"CPU": 256, "GPU": 4})
     assert with_loaders(open_ended).workers.loader_workers == 16
     assert with_loaders(apply(open_ended, {"workers.loader_workers": 3})).workers.loader_workers == 3
     assert with_loaders(apply(open_ended, {"workers.cpus_per_worker": 4})).workers.loader_workers == 3
     cluster({"CPU": 64})  # its nodes with GPUs are to come
     with pytest.raises(ConfigError, match="none with a GPU is there yet: give the number"):
-        with_loaders(apply(open_ended, {"workers.autoscale": True}))
+        with_loaders(grows)
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):
