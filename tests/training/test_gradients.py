@@ -15,10 +15,11 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from common.config import validate
-from tests.parity import objective
+from tests.golden import objective
 from training import losses, models
 from training.collectives import sum_over_ranks
-from training.config import LossConfig, PromptSwitchConfig
+from training.config import LossConfig
+from training.model_config import PromptSwitchConfig
 from training.models import clip as clip_tower
 from training.step import accumulate
 

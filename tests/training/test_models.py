@@ -11,8 +11,8 @@ from common import storage
 from common.config import validate
 from common.errors import ConfigError, StorageError
 from training import models
-from training.config import MeanPoolConfig, PromptSwitchConfig
 from training.encode import encode_clips
+from training.model_config import MeanPoolConfig, PromptSwitchConfig
 from training.models import clip as clip_tower
 from training.models.clip import open_clip
 

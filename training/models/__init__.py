@@ -1,10 +1,10 @@
-"""Methods by name. To add one: a config class in training/config.py, a file here, a line in MODELS, a preset."""
+"""Methods by name. To add one: a config class in training/model_config.py, a file here, a line in MODELS, a preset."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from training.config import ModelConfig
+from training.model_config import ModelConfig
 from training.models.clip import image_size_of, tokenizer
 from training.models.mean_pool import MeanPool
 from training.models.prompt_switch import PromptSwitch

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from training.config import PromptSwitchConfig
+from training.model_config import PromptSwitchConfig
 from training.models import clip as clip_tower
 from training.models.two_tower import TwoTower
 

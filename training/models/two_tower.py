@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from training.config import TwoTowerConfig
+from training.model_config import TwoTowerConfig
 from training.models import clip as clip_tower
 from training.models.captioner import Captioner, counted_rows
 
