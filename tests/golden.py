@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from training import losses, models
-from training.model_config import PromptSwitchConfig, TwoTowerConfig
+from training.model_config import MeanPoolConfig, PromptSwitchConfig, SeqTransfConfig, TwoTowerConfig, VoPConfig
 from training.models.clip import clip_from_config
 from training.models.two_tower import Outputs, TwoTower
 
@@ -38,17 +38,21 @@ def build(
     vision: Mapping[str, object] | None = None,
     clip: Mapping[str, object] | None = None,
     renamed: Callable[[Values], Values] = dict,
+    is_head: bool = False,
 ) -> TwoTower:
     """The registered method at the file's sizes, with the file's weights.
 
     Args:
         vision, clip: changes of the image tower's and of CLIP's configuration.
         renamed: makes our names and shapes of the file's.
+        is_head: the file holds no towers.
     """
     tower = clip_from_config(_clip_sizes(golden.sizes, vision or {}, clip or {}))
     model = models.MODELS[config.name](config, tower)  # type: ignore[attr-defined]
     own = model.state_dict()
-    model.load_state_dict({f"clip.{k}" if f"clip.{k}" in own else k: v for k, v in renamed(golden.weights).items()})
+    given = {f"clip.{k}" if f"clip.{k}" in own else k: v for k, v in renamed(golden.weights).items()}
+    towers = {k: v for k, v in own.items() if k.startswith("clip.")} if is_head else {}
+    model.load_state_dict({**towers, **given})
     return model.to(golden.dtype)
 
 
@@ -106,6 +110,84 @@ def promptswitch(golden: Golden) -> Values:
     }
 
 
+def clip4clip(golden: Golden) -> Values:
+    """Both heads, from the same frame features; the towers are not in the file."""
+    sizes, inputs = golden.sizes, golden.inputs
+    text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes["heads"], "vocab": 2}
+    tower = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8}
+    golden = golden._replace(sizes={**tower, **text, "text_layers": sizes["layers"], "ctx": sizes["positions"]})
+    common = {"backbone": "from file", "num_frames": sizes["frames"]}
+    heads: dict[str, TwoTowerConfig] = {
+        "meanP": MeanPoolConfig(**common),
+        "seqTransf": SeqTransfConfig(**common, temporal={"layers": sizes["layers"]}),
+    }
+    found = {}
+    for name, config in heads.items():
+        ours = {"logit_scale": "logit_scale"}
+        if name == "seqTransf":
+            ours |= {k: f"temporal.{k}" for k in golden.weights if k != "logit_scale"}
+        model = build(golden, config, renamed=lambda w, ours=ours: {new: w[k] for k, new in ours.items()}, is_head=True)
+        frames = inputs["frame_features"].detach().requires_grad_()
+        texts = inputs["text_features"].detach().requires_grad_()
+        mean_BD = model.pooled(model.in_context(frames, inputs["video_mask"]), inputs["video_mask"])
+        scale, text_TD, video_BD = model.clip.logit_scale.exp(), normalize(texts, dim=-1), normalize(mean_BD, dim=-1)
+        similarity = scale * text_TD @ video_BD.T
+        (inputs["cotangent"] * similarity).sum().backward()
+        square = min(similarity.shape)
+        values = {
+            "out.similarity": similarity,
+            "out.video_mean": mean_BD,
+            "out.loss_square": losses.contrastive(text_TD[:square], video_BD[:square], scale, [square]),
+            **gradients(model, [("frame_features", frames), ("text_features", texts)]),
+        }
+        if model.temporal is not None:
+            values["out.temporal_output"] = model.temporal(frames, inputs["video_mask"])
+        for key, value in values.items():
+            kind, _, rest = key.partition(".")
+            found[f"{kind}.{name}.{rest.removeprefix('temporal.')}"] = value
+    return found
+
+
+def vop(golden: Golden) -> Values:
+    """Base VoP, with the text prompts split as released and all before the words."""
+    sizes, inputs, found = golden.sizes, golden.inputs, {}
+
+    def ours(weights: Values) -> Values:
+        values = dict(weights)
+        return values | {"frame_prompts": values.pop("visual_prompts").squeeze(1)}
+
+    for suffix, end in ((sizes["text_suffix"], ""), (0, "_prefix_only")):
+        config = VoPConfig(
+            backbone="from file",
+            num_frames=sizes["frames"],
+            max_tokens=inputs["text"].shape[1],
+            freeze_backbone=False,
+            visual_prompts=sizes["visual_prompts"],
+            text_prompts=sizes["text_prefix"] + sizes["text_suffix"],
+            text_suffix=suffix,
+        )
+        model = build(golden, config, renamed=ours)
+        video = inputs["video"].detach().requires_grad_()
+        text_TD, found_video = model.encode_text(inputs["text"]).vector_TD, model.encode_video(video)
+        assert found_video.vector_BD is not None
+        mean_BD = model.pooled(found_video.frames_BFD)
+        similarity = text_TD @ mean_BD.T  # of the released inference: the mean is not made unit length
+        (inputs["cotangent"] * similarity).sum().backward()
+        values = {
+            "out.text_features": text_TD,
+            "out.frame_features": normalize(found_video.frames_BFD, dim=-1),
+            "out.video_features": mean_BD,
+            "out.similarity": similarity,
+            "out.similarity_cosine": text_TD @ found_video.vector_BD.T,
+            **gradients(model, [("video", video)]),
+        }
+        values["grad.visual_prompts"] = values.pop("grad.frame_prompts")
+        found |= {f"{key}{end}": value for key, value in values.items()}
+    return found
+
+
 METHODS: dict[str, Callable[[Golden], Values]] = {
     "promptswitch": promptswitch,
+    "clip4clip": clip4clip,
+    "vop": vop,
 }

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
 from training.model_config import ModelConfig
@@ -46,7 +46,7 @@ class LossConfig(Settings):
 
 
 class OptimConfig(Settings):
-    steps: PositiveInt = Field(description="optimiser steps")
+    steps: NonNegativeInt = Field(description="optimiser steps; 0 = measure and keep what is there: zero-shot CLIP")
     batch_size: PositiveInt = Field(128, description="videos per step over all ranks")
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of the backbone")
     lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of new modules (cube, aggregation, captioner)")

@@ -112,7 +112,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         elif scores:
             ray.train.report({"step": done, **scores})
 
-    if rank == 0 and val is None:
+    if rank == 0 and position.best is None:  # no validation split, or no step to take
         weights.save_best(run, state.best, position.step, {})
     return test_metrics(config, model, run, device, settings["metric_log"])
 

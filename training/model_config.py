@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
 
@@ -13,6 +13,12 @@ class CaptionerConfig(Settings):
     layers: PositiveInt = Field(2, description="decoder layers")
 
 
+class TemporalConfig(Settings):
+    """CLIP4Clip-seqTransf's transformer over the frame features, a copy of the text tower's first layers."""
+
+    layers: PositiveInt = Field(4, description="layers, at most as many as the text tower has")
+
+
 class TwoTowerConfig(Settings):
     """What every two-tower method has."""
 
@@ -20,6 +26,12 @@ class TwoTowerConfig(Settings):
     pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
     num_frames: PositiveInt = Field(6, description="frames per clip in training")
     max_tokens: PositiveInt = Field(77, description="longer captions are cut, in tokens with start and end")
+    freeze_backbone: bool = Field(
+        False, description="train the new modules only: CLIP, with its logit scale, stays as it is, in evaluation mode"
+    )
+    temporal: TemporalConfig | None = Field(
+        None, description="transformer over the frame features (CLIP4Clip-seqTransf), or null for none"
+    )
     captioner: CaptionerConfig | None = Field(None, description="caption head, or null for none")
 
     @property
@@ -27,11 +39,30 @@ class TwoTowerConfig(Settings):
         """Equal time segments a clip is cut into; each gives one frame to every chunk."""
         return self.num_frames
 
+    @property
+    def adds_to_clip(self) -> bool:
+        """True if retrieval goes through a module that is not CLIP's."""
+        return self.temporal is not None
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> Self:
+        if self.freeze_backbone and not self.adds_to_clip:
+            raise ValueError("model.freeze_backbone=true leaves nothing to train here: set it to false")
+        return self
+
 
 class MeanPoolConfig(TwoTowerConfig):
     """CLIP with the mean of frame features (CLIP4Clip-meanP): the baseline."""
 
     name: Literal["mean_pool"] = Field("mean_pool", description="method")
+    temporal: None = Field(None, description="null: with a temporal transformer it is model.name=seq_transf")
+
+
+class SeqTransfConfig(TwoTowerConfig):
+    """CLIP4Clip-seqTransf: a transformer over the frame features, then their mean."""
+
+    name: Literal["seq_transf"] = Field("seq_transf", description="method")
+    temporal: TemporalConfig = Field(TemporalConfig(), description="the transformer over the frame features")
 
 
 class PromptSwitchConfig(TwoTowerConfig):
@@ -56,6 +87,10 @@ class PromptSwitchConfig(TwoTowerConfig):
     def segments(self) -> int:
         return self.num_prompts if self.cube else self.num_frames
 
+    @property
+    def adds_to_clip(self) -> bool:
+        return self.cube or super().adds_to_clip
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.cube and (self.switch != "off" or self.aggregation):
@@ -67,4 +102,54 @@ class PromptSwitchConfig(TwoTowerConfig):
         return self
 
 
-ModelConfig = Annotated[MeanPoolConfig | PromptSwitchConfig, Field(discriminator="name")]
+class VoPConfig(TwoTowerConfig):
+    """VoP (CVPR 2023): prompts in every layer of both towers; `specific` and `joint_layers` give its variants."""
+
+    name: Literal["vop"] = Field("vop", description="method")
+    num_frames: PositiveInt = Field(12, description="frames per clip in training, also the rows of tables by position")
+    max_tokens: PositiveInt = Field(69, description="longer captions are cut; with text_prompts at most 77 in CLIP")
+    freeze_backbone: bool = Field(True, description="train the prompts only, as published; false = CLIP too")
+    visual_prompts: NonNegativeInt = Field(8, description="prompts of a layer of the image tower")
+    text_prompts: NonNegativeInt = Field(8, description="prompts of a layer of the text tower")
+    text_suffix: NonNegativeInt = Field(
+        0,
+        description="of them, those before the last slot of the padded sentence. The released code has 4, and then "
+        "reads 4 slots behind the end token: hence 0",
+    )
+    text_front: bool = Field(
+        False, description="text prompts before the start token (paper, Eq. 3) instead of behind it (released code)"
+    )
+    specific: Literal["position", "context"] | None = Field(
+        None, description="what some prompts of a frame depend on: its place (VoP^P), the frames' content (VoP^C); null"
+    )
+    specific_prompts: PositiveInt = Field(4, description="of visual_prompts, those that `specific` makes")
+    joint_layers: NonNegativeInt = Field(0, description="last layers that attend over all frames at once (VoP^F: 4)")
+    frame_positions: bool = Field(
+        True,
+        description="learned frame positions before the joint layers (the paper has, but does not count them)",
+    )
+    prompt_init_std: PositiveFloat = Field(0.02, description="std of the prompts' initial values")
+
+    @property
+    def num_specific(self) -> int:
+        return self.specific_prompts if self.specific else 0
+
+    @property
+    def adds_to_clip(self) -> bool:
+        return bool(self.visual_prompts or self.text_prompts) or super().adds_to_clip
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_specific > self.visual_prompts:
+            raise ValueError(
+                f"model.specific_prompts={self.specific_prompts} are part of the {self.visual_prompts} of "
+                "model.visual_prompts: lower them"
+            )
+        if self.text_suffix > self.text_prompts or (self.text_suffix and self.text_front):
+            raise ValueError(
+                f"model.text_suffix={self.text_suffix} needs as many model.text_prompts and model.text_front=false"
+            )
+        return self
+
+
+ModelConfig = Annotated[MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig, Field(discriminator="name")]

@@ -8,13 +8,17 @@ from training.model_config import ModelConfig
 from training.models.clip import image_size_of, tokenizer
 from training.models.mean_pool import MeanPool
 from training.models.prompt_switch import PromptSwitch
+from training.models.seq_transf import SeqTransf
 from training.models.two_tower import Outputs, TextOut, TwoTower, VideoOut
+from training.models.vop import VoP
 
 __all__ = ["MODELS", "Outputs", "TextOut", "TwoTower", "VideoOut", "build", "image_size_of", "tokenize"]
 
 MODELS: dict[str, Callable[..., TwoTower]] = {
     "mean_pool": MeanPool,
+    "seq_transf": SeqTransf,
     "prompt_switch": PromptSwitch,
+    "vop": VoP,
 }
 
 

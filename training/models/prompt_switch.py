@@ -7,8 +7,6 @@ Shapes: B videos, F frames, S edge of the cube (= prompts per frame), K = F/S ch
 D width.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +21,6 @@ class PromptSwitch(TwoTower):
     The frame count is read from the input: any multiple of S works. Frames come as K chunks of S consecutive ones;
     a chunk spans the whole video (see training/data/decode.py), and prompts are exchanged inside a chunk only.
     """
-
-    NEW: ClassVar[tuple[str, ...]] = ("captioner", "prompt_cube", "aggregation")
 
     def __init__(self, config: PromptSwitchConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
         super().__init__(config, clip)
@@ -41,12 +37,15 @@ class PromptSwitch(TwoTower):
             # Zero output: training starts at plain CLIP's frame features (official code).
             nn.init.zeros_(self.aggregation.out_proj.weight)
             nn.init.zeros_(self.aggregation.out_proj.bias)
-        if config.aggregation_group == "backbone":
-            self.NEW = tuple(n for n in self.NEW if n != "aggregation")  # type: ignore[misc]
+        self.aggregation_is_new = config.aggregation_group == "new"
 
     @property
     def is_plain_clip(self) -> bool:
-        return self.prompt_cube is None
+        return self.prompt_cube is None and self.temporal is None
+
+    def new_parameter_names(self) -> set[str]:
+        new = super().new_parameter_names()
+        return new if self.aggregation_is_new else {n for n in new if not n.startswith("aggregation.")}
 
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         visual, (videos, frames) = self.clip.visual, pixels_BFCHW.shape[:2]
