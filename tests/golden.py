@@ -5,7 +5,8 @@ arithmetic: what is computed here is only what a file's description (shared/gold
 the sum whose derivative its gradients are.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from training import losses, models
-from training.model_config import MeanPoolConfig, PromptSwitchConfig, SeqTransfConfig, TwoTowerConfig, VoPConfig
+from training.model_config import (
+    ClipVipConfig,
+    MeanPoolConfig,
+    PromptSwitchConfig,
+    SeqTransfConfig,
+    TokenShiftConfig,
+    TwoTowerConfig,
+    VoPConfig,
+)
 from training.models.clip import clip_from_config
+from training.models.clip_vip import ClipVip
+from training.models.token_shift import TokenShift, shift_cls
 from training.models.two_tower import Outputs, TwoTower
 
 Values = dict[str, Tensor]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Golden(NamedTuple):
@@ -35,25 +47,28 @@ class Golden(NamedTuple):
 def build(
     golden: Golden,
     config: TwoTowerConfig,
-    vision: Mapping[str, object] | None = None,
-    clip: Mapping[str, object] | None = None,
-    renamed: Callable[[Values], Values] = dict,
-    is_head: bool = False,
+    names: Mapping[str, str] = NOTHING,
+    *,
+    vision: Mapping[str, object] = NOTHING,
+    clip: Mapping[str, object] = NOTHING,
+    is_partial: bool = False,
 ) -> TwoTower:
     """The registered method at the file's sizes, with the file's weights.
 
     Args:
+        names: the file's names for those of our parameters that it does not call as CLIP or as we do.
         vision, clip: changes of the image tower's and of CLIP's configuration.
-        renamed: makes our names and shapes of the file's.
-        is_head: the file holds no towers.
+        is_partial: the file holds not all of the towers; the rest is random, and not compared.
     """
-    tower = clip_from_config(_clip_sizes(golden.sizes, vision or {}, clip or {}))
-    model = models.MODELS[config.name](config, tower)  # type: ignore[attr-defined]
+    tower = clip_from_config(_clip_sizes(golden.sizes, vision, clip))
+    model = models.MODELS[config.name](config, tower).to(golden.dtype)  # type: ignore[attr-defined]
     own = model.state_dict()
-    given = {f"clip.{k}" if f"clip.{k}" in own else k: v for k, v in renamed(golden.weights).items()}
-    towers = {k: v for k, v in own.items() if k.startswith("clip.")} if is_head else {}
+    theirs = {names.get(k, k.removeprefix("clip.")): k for k in own}
+    given = {theirs.get(k, k): v for k, v in golden.weights.items()}
+    given = {k: v.reshape(own[k].shape) if k in own else v for k, v in given.items()}  # dimensions of 1
+    towers = {k: v for k, v in own.items() if k.startswith("clip.")} if is_partial else {}
     model.load_state_dict({**towers, **given})
-    return model.to(golden.dtype)
+    return model
 
 
 def _clip_sizes(sizes: Mapping[str, Any], vision: Mapping[str, object], clip: Mapping[str, object]) -> dict[str, Any]:
@@ -70,10 +85,14 @@ def _clip_sizes(sizes: Mapping[str, Any], vision: Mapping[str, object], clip: Ma
     return {"embed_dim": sizes["embed"], "quick_gelu": True, "vision_cfg": image, "text_cfg": text, **clip}
 
 
-def gradients(model: TwoTower, inputs: Iterable[tuple[str, Tensor]] = ()) -> Values:
-    """`grad.*` of every parameter, under CLIP's own names, and of the inputs."""
-    named = [(name.removeprefix("clip."), p) for name, p in model.named_parameters()]
-    return {f"grad.{name}": value.grad for name, value in (*named, *inputs) if value.grad is not None}
+def gradients(
+    model: TwoTower,
+    inputs: Mapping[str, Tensor] = NOTHING,
+    names: Mapping[str, str] = NOTHING,
+) -> Values:
+    """`grad.*` of every parameter, under the file's names, and of the inputs."""
+    named = {names.get(name, name.removeprefix("clip.")): p for name, p in model.named_parameters()}
+    return {f"grad.{name}": value.grad for name, value in {**named, **inputs}.items() if value.grad is not None}
 
 
 def objective(outputs: Outputs, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -111,26 +130,22 @@ def promptswitch(golden: Golden) -> Values:
 
 
 def clip4clip(golden: Golden) -> Values:
-    """Both heads, from the same frame features; the towers are not in the file."""
-    sizes, inputs = golden.sizes, golden.inputs
-    text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes["heads"], "vocab": 2}
-    tower = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8}
-    golden = golden._replace(sizes={**tower, **text, "text_layers": sizes["layers"], "ctx": sizes["positions"]})
+    """Both heads, over the same frame features; the towers are not in the file."""
+    sizes, inputs, found = golden.sizes, golden.inputs, {}
+    absent = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8, "vocab": 2}
+    text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes["heads"]}
+    text |= {"text_layers": sizes["layers"], "ctx": sizes["positions"]}
+    names = {f"temporal.{k}": k for k in golden.weights if k != "logit_scale"}
     common = {"backbone": "from file", "num_frames": sizes["frames"]}
-    heads: dict[str, TwoTowerConfig] = {
-        "meanP": MeanPoolConfig(**common),
-        "seqTransf": SeqTransfConfig(**common, temporal={"layers": sizes["layers"]}),
-    }
-    found = {}
-    for name, config in heads.items():
-        ours = {"logit_scale": "logit_scale"}
-        if name == "seqTransf":
-            ours |= {k: f"temporal.{k}" for k in golden.weights if k != "logit_scale"}
-        model = build(golden, config, renamed=lambda w, ours=ours: {new: w[k] for k, new in ours.items()}, is_head=True)
-        frames = inputs["frame_features"].detach().requires_grad_()
-        texts = inputs["text_features"].detach().requires_grad_()
-        mean_BD = model.pooled(model.in_context(frames, inputs["video_mask"]), inputs["video_mask"])
-        scale, text_TD, video_BD = model.clip.logit_scale.exp(), normalize(texts, dim=-1), normalize(mean_BD, dim=-1)
+    mean_pool, seq_transf = MeanPoolConfig(**common), SeqTransfConfig(**common, temporal={"layers": sizes["layers"]})
+    scale_only = {"logit_scale": golden.weights["logit_scale"]}
+    for head, config, weights in (("meanP", mean_pool, scale_only), ("seqTransf", seq_transf, golden.weights)):
+        model = build(Golden({**absent, **text}, weights, inputs), config, names, is_partial=True)
+        leaves = {k: inputs[k].detach().requires_grad_() for k in ("text_features", "frame_features")}
+        mask, frames_BFD = inputs["video_mask"], leaves["frame_features"]
+        mean_BD = model.pooled(model.in_context(frames_BFD, mask), mask)
+        text_TD, video_BD = normalize(leaves["text_features"], dim=-1), normalize(mean_BD, dim=-1)
+        scale = model.clip.logit_scale.exp()
         similarity = scale * text_TD @ video_BD.T
         (inputs["cotangent"] * similarity).sum().backward()
         square = min(similarity.shape)
@@ -138,24 +153,18 @@ def clip4clip(golden: Golden) -> Values:
             "out.similarity": similarity,
             "out.video_mean": mean_BD,
             "out.loss_square": losses.contrastive(text_TD[:square], video_BD[:square], scale, [square]),
-            **gradients(model, [("frame_features", frames), ("text_features", texts)]),
+            **gradients(model, leaves, names),
         }
         if model.temporal is not None:
-            values["out.temporal_output"] = model.temporal(frames, inputs["video_mask"])
-        for key, value in values.items():
-            kind, _, rest = key.partition(".")
-            found[f"{kind}.{name}.{rest.removeprefix('temporal.')}"] = value
+            values["out.temporal_output"] = model.temporal(frames_BFD, mask)
+        found |= {key.replace(".", f".{head}.", 1): value for key, value in values.items()}
     return found
 
 
 def vop(golden: Golden) -> Values:
-    """Base VoP, with the text prompts split as released and all before the words."""
+    """Base VoP, with the text prompts split as released and with all of them before the words."""
     sizes, inputs, found = golden.sizes, golden.inputs, {}
-
-    def ours(weights: Values) -> Values:
-        values = dict(weights)
-        return values | {"frame_prompts": values.pop("visual_prompts").squeeze(1)}
-
+    names = {"frame_prompts": "visual_prompts"}
     for suffix, end in ((sizes["text_suffix"], ""), (0, "_prefix_only")):
         config = VoPConfig(
             backbone="from file",
@@ -166,28 +175,85 @@ def vop(golden: Golden) -> Values:
             text_prompts=sizes["text_prefix"] + sizes["text_suffix"],
             text_suffix=suffix,
         )
-        model = build(golden, config, renamed=ours)
+        model = build(golden, config, names)
         video = inputs["video"].detach().requires_grad_()
-        text_TD, found_video = model.encode_text(inputs["text"]).vector_TD, model.encode_video(video)
-        assert found_video.vector_BD is not None
-        mean_BD = model.pooled(found_video.frames_BFD)
+        text_TD, (vector_BD, frames_BFD) = model.encode_text(inputs["text"]).vector_TD, model.encode_video(video)
+        assert vector_BD is not None
+        mean_BD = model.pooled(frames_BFD)
         similarity = text_TD @ mean_BD.T  # of the released inference: the mean is not made unit length
         (inputs["cotangent"] * similarity).sum().backward()
         values = {
             "out.text_features": text_TD,
-            "out.frame_features": normalize(found_video.frames_BFD, dim=-1),
+            "out.frame_features": normalize(frames_BFD, dim=-1),
             "out.video_features": mean_BD,
             "out.similarity": similarity,
-            "out.similarity_cosine": text_TD @ found_video.vector_BD.T,
-            **gradients(model, [("video", video)]),
+            "out.similarity_cosine": text_TD @ vector_BD.T,
+            **gradients(model, {"video": video}, names),
         }
-        values["grad.visual_prompts"] = values.pop("grad.frame_prompts")
         found |= {f"{key}{end}": value for key, value in values.items()}
     return found
+
+
+def clipvip(golden: Golden) -> Values:
+    sizes, inputs = golden.sizes, golden.inputs
+    names = {name: f"visual.{name}" for name in ("added_cls", "temporal_embedding")}
+    config = ClipVipConfig(backbone="from file", num_frames=sizes["frames"], num_proxies=sizes["proxies"])
+    model = build(golden, config, names)
+    assert isinstance(model, ClipVip)
+    text_TD, video_BD = model.encode_text(inputs["text"]).vector_TD, model.encode_video(inputs["video"]).vector_BD
+    other_BD = model.encode_video(inputs["video_other"]).vector_BD
+    assert video_BD is not None and other_BD is not None
+    similarity = text_TD @ video_BD.T
+    (inputs["cotangent"] * similarity).sum().backward()
+    square = min(similarity.shape)
+    loss = losses.contrastive(text_TD[:square], video_BD[:square], model.clip.logit_scale.exp(), [square])
+    return {
+        "out.text_features": text_TD,
+        "out.video_features": video_BD,
+        "out.similarity": similarity,
+        "out.loss_square": 2 * loss,  # the official sum of both directions: losses.contrastive=2
+        "out.last_hidden_state": model.tokens(inputs["video"]),
+        "out.video_features_other": other_BD,
+        **gradients(model, {"video": inputs["video"]}, names),
+    }
+
+
+def tokshift(golden: Golden) -> Values:
+    """A plain ViT without text: no ln_pre, no projection, patches with a bias. The shift alone is compared too."""
+    sizes, inputs = golden.sizes, golden.inputs
+    absent = {"embed": sizes["width"], "text_width": 8, "text_heads": 1, "text_layers": 1, "vocab": 2, "ctx": 4}
+    weights = dict(golden.weights)
+    # What every patch adds is a part of its position; no projection is the one by the identity.
+    weights["visual.positional_embedding"] = weights["visual.positional_embedding"].clone()
+    weights["visual.positional_embedding"][1:] += weights.pop("visual.conv1.bias")
+    weights["visual.proj"] = torch.eye(sizes["width"])
+    config = TokenShiftConfig(
+        backbone="from file", num_frames=sizes["frames"], div=sizes["fold_div"], unit_frames=False
+    )
+    model = build(
+        Golden({**sizes, **absent}, weights, inputs),
+        config,
+        vision={"no_ln_pre": True, "norm_kwargs": {"eps": sizes["ln_eps"]}},
+        clip={"quick_gelu": sizes["gelu"] != "exact"},
+        is_partial=True,
+    )
+    assert isinstance(model, TokenShift)
+    frames_BFD = model.frame_features(inputs["video"])
+    (inputs["cotangent"] * frames_BFD).sum().backward()
+    divs = [div for *_, div in sizes["shift_cases"]]
+    return {
+        "out.frame_features": frames_BFD,
+        "out.video_features": model.pooled(frames_BFD),
+        "out.block0_output": model.tokens(inputs["video"], 1),
+        **{f"out.shift_y{i}": shift_cls(inputs[f"shift_x{i}"], div) for i, div in enumerate(divs)},
+        **gradients(model, {"video": inputs["video"]}),
+    }
 
 
 METHODS: dict[str, Callable[[Golden], Values]] = {
     "promptswitch": promptswitch,
     "clip4clip": clip4clip,
     "vop": vop,
+    "clipvip": clipvip,
+    "tokshift": tokshift,
 }

@@ -152,4 +152,37 @@ class VoPConfig(TwoTowerConfig):
         return self
 
 
-ModelConfig = Annotated[MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig, Field(discriminator="name")]
+class TokenShiftConfig(TwoTowerConfig):
+    """Token shift between frames: TokShift's (ACM MM 2021) of CLS channels, or TS2-Net's (ECCV 2022) of patches."""
+
+    name: Literal["token_shift"] = Field("token_shift", description="method")
+    num_frames: PositiveInt = Field(12, description="frames per clip in training")
+    shift: Literal["cls", "patches"] = Field("cls", description="channels of CLS (TokShift) or patch tokens (TS2-Net)")
+    div: int = Field(4, ge=2, description="1/div of CLS's channels each way (official: 4), or of tokens (official: 7)")
+    last_layers: PositiveInt | None = Field(
+        None, description="shift in the last layers only; null = in all (official: cls null, patches 2)"
+    )
+    unit_frames: bool = Field(
+        True, description="frames are made unit length before their mean, as in retrieval; TokShift's classifier: false"
+    )
+
+
+class ClipVipConfig(TwoTowerConfig):
+    """Video Proxy of CLIP-ViP (ICLR 2023)."""
+
+    name: Literal["clip_vip"] = Field("clip_vip", description="method")
+    num_frames: PositiveInt = Field(12, description="frames per clip in training, also the temporal table's rows")
+    num_proxies: int = Field(4, ge=2, description="proxy tokens of a video, CLIP's CLS among them")
+    proxy_init_std: PositiveFloat = Field(0.02, description="std of the added proxies' initial values")
+    temporal: None = Field(None, description="null: there is one feature per video, so nothing to relate")
+    captioner: None = Field(None, description="null: a caption head needs frame features")
+
+    @property
+    def adds_to_clip(self) -> bool:
+        return True
+
+
+ModelConfig = Annotated[
+    MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig | TokenShiftConfig | ClipVipConfig,
+    Field(discriminator="name"),
+]

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from training.model_config import ModelConfig
 from training.models.clip import image_size_of, tokenizer
+from training.models.clip_vip import ClipVip
 from training.models.mean_pool import MeanPool
 from training.models.prompt_switch import PromptSwitch
 from training.models.seq_transf import SeqTransf
+from training.models.token_shift import TokenShift
 from training.models.two_tower import Outputs, TextOut, TwoTower, VideoOut
 from training.models.vop import VoP
 
@@ -19,6 +21,8 @@ MODELS: dict[str, Callable[..., TwoTower]] = {
     "seq_transf": SeqTransf,
     "prompt_switch": PromptSwitch,
     "vop": VoP,
+    "token_shift": TokenShift,
+    "clip_vip": ClipVip,
 }
 
 
