@@ -39,7 +39,16 @@ class DataConfig(Settings):
 
 class LossConfig(Settings):
     contrastive: float = Field(1.0, ge=0, description="weight of the contrastive loss")
+    frame_contrastive: float = Field(
+        0.0, ge=0, description="weight of the contrastive loss of captions and single frames (beyond the paper)"
+    )
     caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
+
+    @property
+    def reads_text(self) -> bool:
+        """True if the objective needs the text tower."""
+        return bool(self.contrastive or self.frame_contrastive)
+
     frequent_weight: Fraction = Field(
         0.25, description="weight of frequent words in the caption loss (1 = plain, as the paper's excerpt reads)"
     )
@@ -133,7 +142,7 @@ class TrainConfig(Settings):
             raise ValueError(f"losses.caption={self.losses.caption} needs a caption head: set model.captioner.layers=2")
         if self.model.captioner and not self.losses.caption:
             raise ValueError("model.captioner without a loss is never trained: set losses.caption=0.5, or it to null")
-        if not self.losses.caption and not self.losses.contrastive:
+        if not self.losses.caption and not self.losses.reads_text:
             raise ValueError("losses.contrastive=0 and losses.caption=0 leave nothing to train")
         if self.eval.select == "order" and not self.eval.twins:
             raise ValueError("eval.select=order needs eval.twins=true")

@@ -55,7 +55,12 @@ class MeanPoolConfig(TwoTowerConfig):
     """CLIP with the mean of frame features (CLIP4Clip-meanP): the baseline."""
 
     name: Literal["mean_pool"] = Field("mean_pool", description="method")
-    temporal: None = Field(None, description="null: with a temporal transformer it is model.name=seq_transf")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.temporal is not None:
+            raise ValueError("model.temporal on mean pooling is another method: set model.name=seq_transf")
+        return self
 
 
 class SeqTransfConfig(TwoTowerConfig):
@@ -74,6 +79,10 @@ class PromptSwitchConfig(TwoTowerConfig):
     cube_init_std: PositiveFloat = Field(
         0.02, description="std of the cube's initial values: paper 0.02, official code 0.02/sqrt(width) = 7e-4"
     )
+    cube_layers: tuple[NonNegativeInt, NonNegativeInt] | None = Field(
+        None, description="first and last layer, counted from 0, that carry the cube; null = all, as published"
+    )
+    cube_per_layer: bool = Field(False, description="every layer adds a cube of its own to the prompts (unpublished)")
     switch: Literal["attention", "residual", "off"] = Field(
         "attention",
         description="exchange frames and prompts in the attention branch (official code), in the residual, or not",
@@ -81,6 +90,11 @@ class PromptSwitchConfig(TwoTowerConfig):
     aggregation: bool = Field(True, description="frames attend to all prompts of the clip after the last layer")
     aggregation_group: Literal["new", "backbone"] = Field(
         "new", description="learning-rate group of the aggregation; the official code trains it as backbone"
+    )
+    pool_frames: PositiveInt | None = Field(
+        None,
+        description="in training, a video is the mean of this many of its frames, drawn at random (the author's "
+        "ActivityNet scripts: 8 of 16); null = of all",
     )
 
     @property
@@ -95,6 +109,12 @@ class PromptSwitchConfig(TwoTowerConfig):
     def _check(self) -> Self:
         if not self.cube and (self.switch != "off" or self.aggregation):
             raise ValueError("model.cube=false leaves no prompts: set model.switch=off and model.aggregation=false too")
+        if self.cube_layers and self.cube_layers[0] > self.cube_layers[1]:
+            raise ValueError(f"model.cube_layers={list(self.cube_layers)} is no range: write [first, last]")
+        if self.pool_frames and self.pool_frames > self.num_frames:
+            raise ValueError(
+                f"model.pool_frames={self.pool_frames} is more than model.num_frames={self.num_frames}: lower it"
+            )
         if self.cube and self.num_frames % self.num_prompts:
             raise ValueError(
                 f"model.num_frames={self.num_frames} is no multiple of model.num_prompts={self.num_prompts}"
@@ -174,12 +194,16 @@ class ClipVipConfig(TwoTowerConfig):
     num_frames: PositiveInt = Field(12, description="frames per clip in training, also the temporal table's rows")
     num_proxies: int = Field(4, ge=2, description="proxy tokens of a video, CLIP's CLS among them")
     proxy_init_std: PositiveFloat = Field(0.02, description="std of the added proxies' initial values")
-    temporal: None = Field(None, description="null: there is one feature per video, so nothing to relate")
-    captioner: None = Field(None, description="null: a caption head needs frame features")
 
     @property
     def adds_to_clip(self) -> bool:
         return True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.temporal is not None or self.captioner is not None:
+            raise ValueError("clip_vip has no frame features: set model.temporal and model.captioner to null")
+        return self
 
 
 ModelConfig = Annotated[
