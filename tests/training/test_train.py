@@ -110,6 +110,17 @@ def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
     assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
 
 
+def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig):
+    vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
+    config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})
+    assert 0 <= train(config)["order"] <= 1
+    model = load_run(run_url(config))[1]
+    torch.manual_seed(config.seed)
+    untrained = models.build(config.model).state_dict()
+    kept = {name for name, value in model.state_dict().items() if torch.equal(value, untrained[name])}
+    assert kept == {name for name in untrained if name.startswith("clip.")}
+
+
 def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):
     with only_driver(run_url(tiny)), pytest.raises(RunError, match="another driver"):
         train(tiny)
