@@ -58,7 +58,7 @@ class OptimConfig(Settings):
     steps: NonNegativeInt = Field(description="optimiser steps; 0 = measure and keep what is there: zero-shot CLIP")
     batch_size: PositiveInt = Field(128, description="videos per step over all ranks")
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of the backbone")
-    lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of new modules (cube, aggregation, captioner)")
+    lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of what is not CLIP (prompts, heads, ...)")
     weight_decay: float = Field(0.2, ge=0, description="AdamW's decay of matrices; gains and biases are not decayed")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="AdamW's betas")
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon (official code: 1e-6; a random model needs 1e-8)")

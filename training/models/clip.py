@@ -156,8 +156,8 @@ def image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> Tensor:
 def raw_image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     """CLS 1D and patches NLD with positions, before the pre-LayerNorm."""
     patches_NLD = visual.conv1(pixels_NCHW).flatten(2).transpose(1, 2)
-    cls_1D = visual.class_embedding + visual.positional_embedding[:1]
-    return cls_1D, patches_NLD + visual.positional_embedding[1:]
+    positions_LD = visual.positional_embedding.to(patches_NLD.dtype)
+    return visual.class_embedding.to(patches_NLD.dtype) + positions_LD[:1], patches_NLD + positions_LD[1:]
 
 
 def layers(tower: VisionTransformer | open_clip.CLIP) -> int:

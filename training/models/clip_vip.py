@@ -36,7 +36,7 @@ class ClipVip(TwoTower):
         visual, (videos, frames) = self.clip.visual, pixels_BFCHW.shape[:2]
         cls_1D, patches_NPD = clip_tower.raw_image_tokens(visual, pixels_BFCHW.flatten(0, 1))
         proxies_MD = torch.cat([cls_1D, self.added_cls + visual.positional_embedding[:1]])
-        patches_BFPD = patches_NPD.unflatten(0, (videos, frames)) + self._times(frames)[:, None]
+        patches_BFPD = patches_NPD.unflatten(0, (videos, frames)) + self._times(frames)[:, None].to(patches_NPD.dtype)
         proxies_BMD = proxies_MD.to(patches_BFPD.dtype).expand(videos, -1, -1)
         x_BLD = visual.ln_pre(torch.cat([proxies_BMD, patches_BFPD.flatten(1, 2)], dim=1))
 

@@ -85,7 +85,8 @@ class VoP(TwoTower):
             return clip_tower.project_cls(visual, x_NLD[:, 0]).unflatten(0, (videos, frames))
         x_BFLD = x_NLD.unflatten(0, (videos, frames))
         if self.frame_positions is not None:
-            x_BFLD = x_BFLD + self.frame_positions[_places(frames, self.frame_positions)][:, None]
+            positions_FD = self.frame_positions[_places(frames, self.frame_positions)]
+            x_BFLD = x_BFLD + positions_FD[:, None].to(x_BFLD.dtype)
         # Every frame's CLS, then every frame's patches: one sequence per video.
         x_BLD = torch.cat([x_BFLD[:, :, 0], x_BFLD[:, :, 1:].flatten(1, 2)], dim=1)
         for layer in range(joint):
