@@ -32,7 +32,8 @@ from common.config import Settings, validate
 from common.errors import exit_with
 from training import losses, optim
 from training.collectives import world_size
-from training.config import LossConfig, OptimConfig, PromptSwitchConfig
+from training.config import LossConfig, OptimConfig
+from training.model_config import PromptSwitchConfig
 from training.models import PromptSwitch
 from training.models import clip as clip_tower
 from training.step import accumulate

@@ -4,78 +4,15 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
+from training.model_config import ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
 PATHS = ("run.storage", "data.dataset", "tracking.uri")  # what a job that is submitted needs absolute
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class CaptionerConfig(Settings):
-    """The caption head: a causal decoder over the frame features, used in training only."""
-
-    layers: PositiveInt = Field(2, description="decoder layers")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the decoder in training")
-
-
-class TwoTowerConfig(Settings):
-    """What every two-tower method has."""
-
-    backbone: str = Field(description="open_clip model name, a name in training/models/backbones, or a .json path")
-    pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
-    num_frames: PositiveInt = Field(6, description="frames per clip in training")
-    max_tokens: PositiveInt = Field(77, description="longer captions are cut, in tokens with start and end")
-    captioner: CaptionerConfig | None = Field(None, description="caption head, or null for none")
-
-    @property
-    def segments(self) -> int:
-        """Equal time segments a clip is cut into; each gives one frame to every chunk."""
-        return self.num_frames
-
-
-class MeanPoolConfig(TwoTowerConfig):
-    """CLIP with the mean of frame features (CLIP4Clip-meanP): the baseline."""
-
-    name: Literal["mean_pool"] = Field("mean_pool", description="method")
-
-
-class PromptSwitchConfig(TwoTowerConfig):
-    """Prompt Switch (ICCV 2023); without cube, switch, aggregation or captioner: the paper's ablation rows."""
-
-    name: Literal["prompt_switch"] = Field("prompt_switch", description="method")
-    cube: bool = Field(True, description="add a prompt cube")
-    num_prompts: PositiveInt = Field(6, description="edge of the cube; num_frames is a multiple of it")
-    cube_init_std: PositiveFloat = Field(
-        0.02, description="std of the cube's initial values: paper 0.02, official code 0.02/sqrt(width) = 7e-4"
-    )
-    switch: Literal["attention", "residual", "off"] = Field(
-        "attention",
-        description="exchange frames and prompts in the attention branch (official code), in the residual, or not",
-    )
-    aggregation: bool = Field(True, description="frames attend to all prompts of the clip after the last layer")
-    aggregation_group: Literal["new", "backbone"] = Field(
-        "new", description="learning-rate group of the aggregation; the official code trains it as backbone"
-    )
-
-    @property
-    def segments(self) -> int:
-        return self.num_prompts if self.cube else self.num_frames
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.cube and (self.switch != "off" or self.aggregation):
-            raise ValueError("model.cube=false leaves no prompts: set model.switch=off and model.aggregation=false too")
-        if self.cube and self.num_frames % self.num_prompts:
-            raise ValueError(
-                f"model.num_frames={self.num_frames} is no multiple of model.num_prompts={self.num_prompts}"
-            )
-        return self
-
-
-ModelConfig = Annotated[MeanPoolConfig | PromptSwitchConfig, Field(discriminator="name")]
 
 
 class RunSettings(Settings):
@@ -102,17 +39,26 @@ class DataConfig(Settings):
 
 class LossConfig(Settings):
     contrastive: float = Field(1.0, ge=0, description="weight of the contrastive loss")
+    frame_contrastive: float = Field(
+        0.0, ge=0, description="weight of the contrastive loss of captions and single frames (beyond the paper)"
+    )
     caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
+
+    @property
+    def reads_text(self) -> bool:
+        """True if the objective needs the text tower."""
+        return bool(self.contrastive or self.frame_contrastive)
+
     frequent_weight: Fraction = Field(
         0.25, description="weight of frequent words in the caption loss (1 = plain, as the paper's excerpt reads)"
     )
 
 
 class OptimConfig(Settings):
-    steps: PositiveInt = Field(description="optimiser steps")
+    steps: NonNegativeInt = Field(description="optimiser steps; 0 = measure and keep what is there: zero-shot CLIP")
     batch_size: PositiveInt = Field(128, description="videos per step over all ranks")
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of the backbone")
-    lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of new modules (cube, aggregation, captioner)")
+    lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of what is not CLIP (prompts, heads, ...)")
     weight_decay: float = Field(0.2, ge=0, description="AdamW's decay of matrices; gains and biases are not decayed")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="AdamW's betas")
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon (official code: 1e-6; a random model needs 1e-8)")
@@ -198,7 +144,7 @@ class TrainConfig(Settings):
             raise ValueError(f"losses.caption={self.losses.caption} needs a caption head: set model.captioner.layers=2")
         if self.model.captioner and not self.losses.caption:
             raise ValueError("model.captioner without a loss is never trained: set losses.caption=0.5, or it to null")
-        if not self.losses.caption and not self.losses.contrastive:
+        if not self.losses.caption and not self.losses.reads_text:
             raise ValueError("losses.contrastive=0 and losses.caption=0 leave nothing to train")
         if self.eval.select == "order" and not self.eval.twins:
             raise ValueError("eval.select=order needs eval.twins=true")

@@ -20,12 +20,12 @@ from training.models import TwoTower
 def encode_clips(model: TwoTower, frames_BFCHW: Tensor, views: int) -> Tensor:
     """Unit vectors BD of videos given as `views` clips each, view by view along F.
 
-    Each view is a clip of its own to the encoder; the vector is the mean of the unit frame vectors of all views, which
-    is the official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
+    Each view is a clip of its own to the encoder; the vector is pooled over the frames of all views, which is the
+    official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
     """
     clips = frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1)
-    frames_BFD = normalize(model.encode_video(clips).frames_BFD, dim=-1)
-    return normalize(frames_BFD.unflatten(0, (-1, views)).mean(dim=(1, 2)), dim=-1)
+    frames_BFD = model.encode_video(clips).frames_BFD.unflatten(0, (-1, views)).flatten(1, 2)
+    return normalize(model.pooled(frames_BFD), dim=-1)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         model,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
-        find_unused_parameters=not config.losses.contrastive,
+        find_unused_parameters=not config.losses.reads_text,
     )
     state = checkpoint.State(model, optim.build(model, config.optim), optim.average(model, config.optim))
     if config.workers.checkpoint_activations:
@@ -112,7 +112,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         elif scores:
             ray.train.report({"step": done, **scores})
 
-    if rank == 0 and val is None:
+    if rank == 0 and position.best is None:  # no validation split, or no step to take
         weights.save_best(run, state.best, position.step, {})
     return test_metrics(config, model, run, device, settings["metric_log"])
 

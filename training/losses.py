@@ -4,12 +4,13 @@ Every loss is this rank's part of the global loss: the parts of all ranks add up
 global batch's. So the update is the same for any number of ranks. DDP averages gradients, therefore the caller
 multiplies the objective by the number of ranks before `backward`.
 
-Shapes: B videos of this rank, G of all ranks, D joint width, K counted caption positions, V vocabulary.
+Shapes: B videos of this rank, G of all ranks, F frames, X = F*B, D joint width, K counted caption positions,
+V vocabulary.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from training.collectives import gather, rank, sum_over_ranks
 from training.models.captioner import counted_positions
@@ -33,6 +34,19 @@ def contrastive(text_BD: Tensor, video_BD: Tensor, logit_scale: Tensor, counts: 
     to_video = cross_entropy(logit_scale * text_BD @ videos_GD.T, labels_B, reduction="sum")
     to_text = cross_entropy(logit_scale * video_BD @ texts_GD.T, labels_B, reduction="sum")
     return (to_video + to_text) / (2 * len(texts_GD))
+
+
+def frame_contrastive(text_BD: Tensor, frames_BFD: Tensor, logit_scale: Tensor, counts: list[int]) -> Tensor:
+    """The same with each frame in its video's place, mean over the frames: a caption has to fit every single one."""
+    frames_BFD = normalize(frames_BFD, dim=-1)
+    texts_GD, frames_GFD = gather(text_BD, counts), gather(frames_BFD, counts)
+    labels_B = sum(counts[: rank()]) + torch.arange(len(text_BD), device=text_BD.device)
+    count = frames_BFD.shape[1]
+    labels_X = labels_B.repeat(count)
+    to_video = logit_scale * torch.einsum("bd,gfd->fbg", text_BD, frames_GFD).flatten(0, 1)
+    to_text = logit_scale * torch.einsum("bfd,gd->fbg", frames_BFD, texts_GD).flatten(0, 1)
+    total = cross_entropy(to_video, labels_X, reduction="sum") + cross_entropy(to_text, labels_X, reduction="sum")
+    return total / (2 * count * len(texts_GD))
 
 
 def caption_total(tokens_BL: Tensor, token_weights_V: Tensor) -> Tensor:

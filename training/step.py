@@ -28,10 +28,11 @@ Context = Callable[[], AbstractContextManager[object]]
 
 
 class Cut(NamedTuple):
-    """All that the contrastive loss reads, cut off from what made it; `backward` fills in its gradients."""
+    """All that the contrastive losses read, cut off from what made it; `backward` fills in its gradients."""
 
     text_BD: Tensor
     video_BD: Tensor
+    frames_BFD: Tensor
     logit_scale: Tensor
 
 
@@ -66,8 +67,13 @@ def accumulate(
     cut, states = (_cut([kept]), []) if kept else _without_graph(ddp.module, pieces, autocast)
     parts = {}
     if config.contrastive:
-        parts["contrastive"] = config.contrastive * losses.contrastive(*cut, counts)
+        loss = losses.contrastive(cut.text_BD, cut.video_BD, cut.logit_scale, counts)
+        parts["contrastive"] = config.contrastive * loss
         parts["contrastive"].backward()
+    if config.frame_contrastive:
+        loss = losses.frame_contrastive(cut.text_BD, cut.frames_BFD, cut.logit_scale, counts)
+        parts["frame_contrastive"] = config.frame_contrastive * loss
+        parts["frame_contrastive"].backward()
     if config.caption:
         parts["caption"] = torch.zeros((), dtype=cut.text_BD.dtype, device=device)
         total = losses.caption_total(tokens_BL, token_weights_V)
@@ -80,7 +86,7 @@ def accumulate(
                 with _random_state(states[i], device):
                     outputs = _forward(ddp, piece, autocast)
             objective = torch.zeros((), dtype=cut.text_BD.dtype, device=device)
-            if config.contrastive:
+            if config.reads_text:
                 rows = slice(i * size, i * size + len(piece[0]))
                 objective = objective + _pulled(outputs, cut, rows, with_scale=is_last)
             if config.caption:
@@ -104,9 +110,10 @@ def _cut(outputs: list[Outputs]) -> Cut:
         # Logits and their softmax over the global batch in full precision.
         return (joined.float() if joined.dtype.itemsize < 4 else joined).requires_grad_()
 
+    texts = [out.text.vector_TD for out in outputs]
     videos = [out.video.vector_BD for out in outputs if out.video.vector_BD is not None]
-    scale = leaf([outputs[0].logit_scale.reshape(1)])
-    return Cut(leaf([out.text.vector_TD for out in outputs]), leaf(videos), scale)
+    frames = [out.video.frames_BFD for out in outputs]
+    return Cut(leaf(texts), leaf(videos), leaf(frames), leaf([outputs[0].logit_scale.reshape(1)]))
 
 
 def _without_graph(model: TwoTower, pieces: list[Piece], autocast: Context) -> tuple[Cut, list[list[Tensor]]]:
@@ -123,10 +130,11 @@ def _without_graph(model: TwoTower, pieces: list[Piece], autocast: Context) -> t
 
 def _pulled(outputs: Outputs, cut: Cut, rows: slice, with_scale: bool) -> Tensor:
     """A number whose gradient is the loss's, by way of these rows of the vectors and, once, of the scale."""
-    assert cut.text_BD.grad is not None and cut.video_BD.grad is not None and cut.logit_scale.grad is not None
-    assert outputs.video.vector_BD is not None
-    text, video = (outputs.text.vector_TD * cut.text_BD.grad[rows]).sum(), outputs.video.vector_BD
-    pulled = text + (video * cut.video_BD.grad[rows]).sum()
+    assert cut.text_BD.grad is not None and cut.logit_scale.grad is not None
+    pulled = (outputs.text.vector_TD * cut.text_BD.grad[rows]).sum()
+    for value, leaf in ((outputs.video.vector_BD, cut.video_BD), (outputs.video.frames_BFD, cut.frames_BFD)):
+        if value is not None and leaf.grad is not None:  # the losses that are on read it
+            pulled = pulled + (value * leaf.grad[rows]).sum()
     return pulled + (outputs.logit_scale * cut.logit_scale.grad).sum() if with_scale else pulled
 
 

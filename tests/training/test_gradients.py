@@ -15,10 +15,11 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from common.config import validate
-from tests.parity import objective
+from tests.golden import objective
 from training import losses, models
 from training.collectives import sum_over_ranks
-from training.config import LossConfig, PromptSwitchConfig
+from training.config import LossConfig
+from training.model_config import PromptSwitchConfig
 from training.models import clip as clip_tower
 from training.step import accumulate
 
@@ -28,7 +29,7 @@ SIZES = {
     "text_cfg": {"context_length": 12, "vocab_size": 50, "width": 24, "heads": 2, "layers": 2},
 }
 LENGTHS = [3, 12, 5, 7, 4, 9, 3, 6]
-CONFIG = LossConfig(contrastive=1.0, caption=0.5)
+CONFIG = LossConfig(contrastive=1.0, frame_contrastive=0.25, caption=0.5)
 
 
 def build() -> models.TwoTower:
@@ -106,11 +107,17 @@ def test_all_gradients_equal_those_of_one_process_with_the_whole_batch(world_siz
     """
     model = build()
     frames, tokens, weights = batch()
-    parts = objective(model(frames, tokens), tokens, weights)
-    sum(parts.values()).backward()
+    outputs = model(frames, tokens)
+    contrastive, caption = objective(outputs, tokens, weights).values()
+    # Frame by frame, each in its video's place.
+    units_FBD = torch.nn.functional.normalize(outputs.video.frames_BFD, dim=-1).transpose(0, 1)
+    text_BD, scale = outputs.text.vector_TD, outputs.logit_scale
+    frame = 0.25 * torch.stack([losses.contrastive(text_BD, unit_BD, scale, [8]) for unit_BD in units_FBD]).mean()
+    parts = torch.stack([contrastive, frame, caption])
+    parts.sum().backward()
     run_ranks(world_size, chunks, tmp_path)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
-    torch.testing.assert_close(found["losses"], torch.stack(list(parts.values())), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found["losses"], parts, rtol=1e-9, atol=1e-12)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
         torch.testing.assert_close(

@@ -11,8 +11,8 @@ from common import storage
 from common.config import validate
 from common.errors import ConfigError, StorageError
 from training import models
-from training.config import MeanPoolConfig, PromptSwitchConfig
 from training.encode import encode_clips
+from training.model_config import MeanPoolConfig, PromptSwitchConfig
 from training.models import clip as clip_tower
 from training.models.clip import open_clip
 
@@ -171,9 +171,43 @@ def test_new_modules_are_named_and_the_official_grouping_is_a_config_value():
     assert groups(aggregation_group="backbone") == {"captioner", "prompt_cube"}
 
 
+def test_the_cube_can_be_in_some_layers_only():
+    model, x, y = prompt_switch(aggregation=False, cube_layers=[1, 1]), pixels(), pixels()
+    y[0, 1] += 1.0  # frame 1 of video 0: frame 0 sees it nowhere, as one layer reads no prompt that another wrote
+    changed = (model.frame_features(x) - model.frame_features(y)).abs().amax(-1) > 1e-9
+    assert changed.tolist() == [[False, True, False, False], [False] * 4]
+    whole, same = prompt_switch(), prompt_switch(cube_layers=[0, 2])
+    assert torch.equal(whole.frame_features(x), same.frame_features(x))
+
+
+def test_a_cube_per_layer_is_one_cube_if_the_others_are_zero():
+    one, many = prompt_switch(), prompt_switch(cube_per_layer=True)
+    assert many.prompt_cube.shape == (3, 2, 2, 32)
+    many.load_state_dict({**one.state_dict(), "prompt_cube": torch.zeros_like(many.prompt_cube)})
+    many.prompt_cube.data[0] = one.prompt_cube.data
+    torch.testing.assert_close(many.frame_features(pixels()), one.frame_features(pixels()))
+    many.prompt_cube.data[1] += 1.0
+    assert (many.frame_features(pixels()) - one.frame_features(pixels())).abs().max() > 1e-3
+
+
+def test_frames_are_left_out_of_the_pooling_in_training_only():
+    model, x = prompt_switch(pool_frames=2), pixels(videos=4)
+    whole = model.encode_video(x)
+    torch.manual_seed(0)
+    drawn = model.train().encode_video(x)
+    torch.testing.assert_close(drawn.frames_BFD, whole.frames_BFD)
+    units_BFD = normalize(whole.frames_BFD, dim=-1)
+    pairs = [normalize(units_BFD[:, [a, b]].mean(1), dim=-1) for a in range(4) for b in range(a)]
+    fits = torch.stack([(pair - drawn.vector_BD).abs().amax(1) < 1e-9 for pair in pairs])
+    assert fits.sum(0).tolist() == [1] * 4 and fits.any(1).sum() > 1  # a pair for each video, not all the same
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"cube_layers": [2, 1]}, "is no range: write"),
+        ({"cube_layers": [0, 3]}, "given's layers are 0 to 2"),
+        ({"pool_frames": 5}, "more than model.num_frames=4"),
         ({"num_frames": 5}, "num_frames=5 is no multiple of model.num_prompts=2"),
         ({"cube": False}, "leaves no prompts: set model.switch=off"),
     ],

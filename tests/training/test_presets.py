@@ -1,5 +1,6 @@
-"""Every method and every preset builds and trains: two steps in one process, on the tiny backbone."""
+"""Every preset builds and trains: two steps in one process, on a tiny backbone as deep as CLIP's."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import config as configs
 from training import models, optim
 from training.config import PRESETS, TrainConfig
+from training.models.clip import BACKBONES
 from training.step import accumulate
 
 CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a dog", "cutting onions in a kitchen"]
@@ -28,16 +30,26 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`tiny` with 12 layers in both towers: presets name layers by their number."""
+    path = tmp_path_factory.mktemp("backbones") / "tiny12.json"
+    sizes = json.loads((BACKBONES / "tiny.json").read_text())
+    sizes["vision_cfg"]["layers"] = sizes["text_cfg"]["layers"] = 12
+    path.write_text(json.dumps(sizes))
+    return str(path)
+
+
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("preset", configs.preset_names(PRESETS))
-def test_a_preset_trains_two_steps(preset: str) -> None:
+def test_a_preset_trains_two_steps(preset: str, deep: str) -> None:
     torch.manual_seed(0)
-    tiny = ["model.backbone=tiny", "model.pretrained=null", "optim.lr=1e-5", "optim.lr_new=1e-5", "optim.warmup=0"]
+    tiny = [f"model.backbone={deep}", "model.pretrained=null", "optim.lr=1e-5", "optim.lr_new=1e-4", "optim.warmup=0"]
     config = configs.load(TrainConfig, preset, tiny, PRESETS)
     model = models.build(config.model)
     ddp = DistributedDataParallel(model)
     optimizer = optim.build(model, config.optim)
-    size = models.image_size_of("tiny")
+    size = models.image_size_of(deep)
     frames = torch.randint(0, 256, (len(CAPTIONS), config.model.num_frames, 3, size, size), dtype=torch.uint8)
     tokens = models.tokenize(config.model)(CAPTIONS)
     weights = torch.ones(model.clip.vocab_size)
@@ -52,6 +64,6 @@ def test_a_preset_trains_two_steps(preset: str) -> None:
         totals.append(sum(part.item() for part in parts.values()))
     assert totals[1] < totals[0]
     after = dict(model.named_parameters())
-    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
     # A zero-initialised output hides the gradient of what feeds it for the first step only.
-    assert unchanged == []
+    assert unchanged == {name for name, p in model.named_parameters() if not p.requires_grad}

@@ -8,6 +8,7 @@ import mlflow
 import pytest
 import ray
 import safetensors.torch
+import torch
 from ray.train import UserCallback
 
 from cluster.local import RayCluster
@@ -17,6 +18,7 @@ from common.config import apply, dump
 from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
 from tests.faults import commands, kill, wait_until
+from training import models
 from training.config import TrainConfig
 from training.driver import only_driver
 from training.evaluate import arguments, evaluate_run
@@ -98,6 +100,27 @@ def test_the_number_of_ranks_does_not_change_the_training(tiny: TrainConfig):
         losses[ranks] = [loss for _, loss in train_losses(config)]
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
+    config = apply(tiny, {"optim.steps": 0})
+    result = train(config)
+    assert result["best_step"] == 0 and result["num_videos"] == 8
+    model = load_run(run_url(config))[1]
+    torch.manual_seed(config.seed)
+    untrained = models.build(config.model).state_dict()
+    assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
+
+
+def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig):
+    vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
+    config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})
+    assert 0 <= train(config)["order"] <= 1
+    model = load_run(run_url(config))[1]
+    torch.manual_seed(config.seed)
+    untrained = models.build(config.model).state_dict()
+    kept = {name for name, value in model.state_dict().items() if torch.equal(value, untrained[name])}
+    assert kept == {name for name in untrained if name.startswith("clip.")}
 
 
 def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):

@@ -1,8 +1,10 @@
 """The only file that touches open_clip's internals: what the methods need from a CLIP with a ViT image tower.
 
-Shapes: N images, C channels, H height, W width, L tokens, D width, T texts, E joint width.
+Shapes: N images, C channels, H height, W width (of images) or H heads of width d, L tokens, D width, T texts, E joint
+width.
 """
 
+import copy
 import functools
 import gzip
 import importlib.util
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from common import storage
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 BACKBONES = Path(__file__).parent / "backbones"
 FULL_VOCABULARY = 49408
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights in OpenAI's files
+Hook = Callable[[Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _torchvision_ops: torch.library.Library | None = None
 
 
@@ -148,24 +153,83 @@ def image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> Tensor:
     return visual._embeds(pixels_NCHW)
 
 
+def raw_image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """CLS 1D and patches NLD with positions, before the pre-LayerNorm."""
+    patches_NLD = visual.conv1(pixels_NCHW).flatten(2).transpose(1, 2)
+    positions_LD = visual.positional_embedding.to(patches_NLD.dtype)
+    return visual.class_embedding.to(patches_NLD.dtype) + positions_LD[:1], patches_NLD + positions_LD[1:]
+
+
+def layers(tower: VisionTransformer | open_clip.CLIP) -> int:
+    """The number of blocks of an image tower, or of a CLIP's text tower."""
+    return len(tower.transformer.resblocks)
+
+
 def run_block(
-    visual: VisionTransformer, layer: int, x_NLD: Tensor, mix: Callable[[Tensor], Tensor] | None = None
+    tower: VisionTransformer | open_clip.CLIP,
+    layer: int,
+    x_NLD: Tensor,
+    mix: Hook | None = None,
+    *,
+    shift: Hook | None = None,
+    attend: Attend | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """One pre-norm block; `mix` changes what the attention reads, after the first LayerNorm, and nothing else.
+    """One pre-norm block of an image tower, or of a CLIP's text tower.
 
     Its activations are made again in the backward pass if the tower's `grad_checkpointing` is set.
+
+    Args:
+        mix: changes what the attention reads, after the first LayerNorm, and nothing else.
+        shift: changes the residual stream itself, before the attention and again before the MLP.
+        attend: computes the heads' outputs from their queries, keys and values, each NHLd; None = full attention.
+        mask: added to the attention's logits, LL.
     """
-    block = visual.transformer.resblocks[layer]
-    if visual.transformer.grad_checkpointing and torch.is_grad_enabled():
-        again: Tensor = checkpoint(_run_block, block, x_NLD, mix, use_reentrant=False)
+    block = tower.transformer.resblocks[layer]
+    if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
+        again: Tensor = checkpoint(_run_block, block, x_NLD, mix, shift, attend, mask, use_reentrant=False)
         return again
-    return _run_block(block, x_NLD, mix)
+    return _run_block(block, x_NLD, mix, shift, attend, mask)
 
 
-def _run_block(block: ResidualAttentionBlock, x_NLD: Tensor, mix: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _run_block(
+    block: ResidualAttentionBlock,
+    x_NLD: Tensor,
+    mix: Hook | None = None,
+    shift: Hook | None = None,
+    attend: Attend | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    x_NLD = x_NLD if shift is None else shift(x_NLD)
     y_NLD = block.ln_1(x_NLD)
-    x_NLD = x_NLD + block.ls_1(block.attention(y_NLD if mix is None else mix(y_NLD)))
+    y_NLD = y_NLD if mix is None else mix(y_NLD)
+    y_NLD = block.attention(y_NLD, attn_mask=mask) if attend is None else _attention(block.attn, y_NLD, attend)
+    x_NLD = x_NLD + block.ls_1(y_NLD)
+    x_NLD = x_NLD if shift is None else shift(x_NLD)
     return x_NLD + block.ls_2(block.mlp(block.ln_2(x_NLD)))
+
+
+def _attention(attention: nn.MultiheadAttention, y_NLD: Tensor, attend: Attend) -> Tensor:
+    """Self-attention with its own weights, whose pattern `attend` decides."""
+    qkv_NLE = linear(y_NLD, attention.in_proj_weight, attention.in_proj_bias)
+    q_NHLd, k_NHLd, v_NHLd = qkv_NLE.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return attention.out_proj(attend(q_NHLd, k_NHLd, v_NHLd).transpose(1, 2).flatten(2))
+
+
+class TextBlocks(nn.Module):
+    """A copy of the first blocks of the text tower, to go on training over something else than words."""
+
+    def __init__(self, clip: open_clip.CLIP, count: int, ln_eps: float) -> None:
+        super().__init__()
+        self.resblocks = copy.deepcopy(clip.transformer.resblocks[:count])
+        for block in self.resblocks:
+            block.ln_1.eps = block.ln_2.eps = ln_eps
+        self.requires_grad_(True)  # the original may be frozen
+
+    def forward(self, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x_NLD = _run_block(block, x_NLD, mask=mask)
+        return x_NLD
 
 
 def project_cls(visual: VisionTransformer, cls: Tensor) -> Tensor:
@@ -185,9 +249,13 @@ def encode_text(clip: open_clip.CLIP, tokens_TL: Tensor) -> tuple[Tensor, Tensor
     """
     length = tokens_TL.shape[1]
     x_TLD = clip.transformer(embed_words(clip, tokens_TL), attn_mask=clip.attn_mask[:length, :length])
+    return read_out(clip, x_TLD, lengths(tokens_TL) - 1)
+
+
+def read_out(clip: open_clip.CLIP, x_TLD: Tensor, slots_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The text tower's last LayerNorm and projection: that of one slot of each sentence TE, and all TLE."""
     words_TLE = clip.ln_final(x_TLD) @ clip.text_projection
-    rows = torch.arange(len(tokens_TL), device=tokens_TL.device)
-    return words_TLE[rows, lengths(tokens_TL) - 1], words_TLE
+    return words_TLE[torch.arange(len(x_TLD), device=x_TLD.device), slots_T], words_TLE
 
 
 def vision_heads(visual: VisionTransformer) -> int:

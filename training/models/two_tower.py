@@ -5,19 +5,23 @@ positions, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from training.config import TwoTowerConfig
+from training.model_config import TwoTowerConfig
 from training.models import clip as clip_tower
 from training.models.captioner import Captioner, counted_rows
+from training.models.temporal import TemporalTransformer
 
 
 class VideoOut(NamedTuple):
-    """What the video tower gives. `vector_BD` is unit length, or None for a model that can only re-rank."""
+    """What the video tower gives. `vector_BD` is unit length, or None for a model that can only re-rank.
+
+    A method that reads out one feature for the whole clip gives it as the only one of its frames.
+    """
 
     vector_BD: Tensor | None
     frames_BFD: Tensor
@@ -42,18 +46,25 @@ class Outputs(NamedTuple):
 
 
 class TwoTower(nn.Module, ABC):
-    """Base of the methods that differ in `frame_features` only.
-
-    Subclasses name their new modules in `NEW`: parameters under these names train at `optim.lr_new`.
-    """
-
-    NEW: ClassVar[tuple[str, ...]] = ("captioner",)
+    """Base of the methods, which differ in `frame_features`. What is not in `clip` is new, and trains at `lr_new`."""
 
     def __init__(self, config: TwoTowerConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
         super().__init__()
         self.clip = clip_tower.build_clip(config.backbone, config.pretrained) if clip is None else clip
+        self.is_frozen = config.freeze_backbone
+        self.clip.requires_grad_(not self.is_frozen)
         head = config.captioner
         self.captioner = Captioner(self.clip, head.layers, head.dropout) if head else None
+        self.temporal = None
+        if config.temporal:
+            self.temporal = TemporalTransformer(self.clip, config.temporal.layers, config.num_frames)
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen backbone stays in evaluation mode: what it computes is fixed."""
+        super().train(mode)
+        if self.is_frozen:
+            self.clip.eval()
+        return self
 
     @property
     def is_plain_clip(self) -> bool:
@@ -64,11 +75,27 @@ class TwoTower(nn.Module, ABC):
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         """Frame features BFD in the joint space, not normalised."""
 
+    def in_context(self, frames_BFD: Tensor, mask_BF: Tensor | None = None) -> Tensor:
+        """Frame features after the temporal transformer, if there is one."""
+        return frames_BFD if self.temporal is None else frames_BFD + self.temporal(frames_BFD, mask_BF)
+
+    def pooled(self, frames_BFD: Tensor, mask_BF: Tensor | None = None) -> Tensor:
+        """The mean of the unit frame vectors, BD. It is not unit length.
+
+        Args:
+            mask_BF: 1 at real frames, 0 at padding; None = all are real, as those of our own loader are.
+        """
+        unit_BFD = normalize(frames_BFD, dim=-1)
+        if mask_BF is None:
+            return unit_BFD.mean(dim=1)
+        mask_BF1 = mask_BF[..., None].to(unit_BFD.dtype)
+        return (mask_BF1 * unit_BFD).sum(dim=1) / mask_BF1.sum(dim=1).clamp(min=1)
+
     def encode_video(self, frames_BFCHW: Tensor) -> VideoOut:
-        """uint8 frames → unit vector per video: the mean of the unit frame vectors, made unit length again."""
+        """uint8 frames → unit vector per video."""
         frames_BFD = self.frame_features(clip_tower.normalize_pixels(self.clip.visual, frames_BFCHW))
-        vector_BD = normalize(normalize(frames_BFD, dim=-1).mean(dim=1), dim=-1)
-        return VideoOut(vector_BD, frames_BFD)
+        frames_BFD = self.in_context(frames_BFD)
+        return VideoOut(normalize(self.pooled(frames_BFD), dim=-1), frames_BFD)
 
     def encode_text(self, tokens_TL: Tensor) -> TextOut:
         vector_TD, words_TLD = clip_tower.encode_text(self.clip, tokens_TL)
@@ -98,4 +125,4 @@ class TwoTower(nn.Module, ABC):
 
     def new_parameter_names(self) -> set[str]:
         """Names of the parameters that are not the backbone's."""
-        return {n for n, _ in self.named_parameters() if n.split(".")[0] in self.NEW}
+        return {n for n, _ in self.named_parameters() if not n.startswith("clip.")}

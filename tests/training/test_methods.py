@@ -1,0 +1,214 @@
+"""What holds for every method: it trains what it says, saves, loads, evaluates; no video sees another."""
+
+import copy
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from common import config as configs
+from common.config import apply, dump
+from common.errors import ConfigError
+from tests.conftest import REPOSITORY
+from tests.golden import objective
+from tests.training.test_metrics import infos
+from tests.training.test_presets import CAPTIONS
+from training import models, optim, weights
+from training.checkpoint import State
+from training.config import PRESETS, TrainConfig
+from training.data.loader import EvalBatch
+from training.encode import encode_clips, evaluate
+from training.models.token_shift import shift_cls, shift_patches
+from training.step import accumulate
+
+GOLDEN = REPOSITORY.parent / "shared" / "golden"
+PROMPTS = {"name": "vop", "prompt_init_std": 0.5}
+METHODS: dict[str, dict] = {
+    "mean_pool": {"name": "mean_pool"},
+    "seq_transf": {"name": "seq_transf", "temporal": {"layers": 2}},
+    "prompt_switch": {"name": "prompt_switch", "num_prompts": 2},
+    "prompt_switch, frozen": {"name": "prompt_switch", "num_prompts": 2, "freeze_backbone": True},
+    "prompt_switch, some layers": {"name": "prompt_switch", "num_prompts": 2, "cube_layers": [1, 2]},
+    "prompt_switch, per layer": {"name": "prompt_switch", "num_prompts": 2, "cube_per_layer": True, "pool_frames": 3},
+    "prompt_switch, seqTransf": {"name": "prompt_switch", "num_prompts": 2, "temporal": {"layers": 1}},
+    "vop": PROMPTS,
+    "vop^p": {**PROMPTS, "specific": "position"},
+    "vop^c": {**PROMPTS, "specific": "context"},
+    "vop^f": {**PROMPTS, "joint_layers": 2},
+    "vop^f+p": {**PROMPTS, "joint_layers": 2, "specific": "position"},
+    "vop^f+c": {**PROMPTS, "joint_layers": 2, "specific": "context"},
+    "vop, seqTransf": {**PROMPTS, "temporal": {"layers": 1}},
+    "token_shift": {"name": "token_shift"},
+    "token_shift, patches": {"name": "token_shift", "shift": "patches", "div": 7, "last_layers": 2},
+    "clip_vip": {"name": "clip_vip", "proxy_init_std": 0.5},
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def test_all_methods_are_here() -> None:
+    assert {values["name"] for values in METHODS.values()} == set(models.MODELS)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def config_of(method: str, folder: Path = Path("runs")) -> TrainConfig:
+    """The preset `tiny` with another method and the moving average on."""
+    config = configs.load(TrainConfig, "tiny", ["data.dataset=s3://x/y"], PRESETS)
+    captions = {"captioner": {"layers": 1}, "caption": 0.5} if "prompt_switch" in method else {"caption": 0.0}
+    model = {"backbone": "tiny", "num_frames": 4, "captioner": captions.get("captioner"), **METHODS[method]}
+    changes = {"model": model, "losses.caption": captions["caption"], "optim.ema": 0.5, "optim.warmup": 0}
+    return apply(config, {**changes, "run.storage": str(folder), "run.name": "run"})
+
+
+def build(method: str) -> models.TwoTower:
+    """In float64; nothing that begins at zero hides what is behind it."""
+    torch.manual_seed(0)
+    model = models.build(config_of(method).model).double()
+    for name, parameter in model.named_parameters():
+        if not name.startswith("clip.") and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def pixels(videos: int, frames: int = 4) -> torch.Tensor:
+    return torch.randn(videos, frames, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.usefixtures("alone")
+@every_method
+def test_it_trains_saves_loads_and_evaluates(method: str, tmp_path: Path) -> None:
+    config = config_of(method, tmp_path)
+    torch.manual_seed(0)
+    model = models.build(config.model)
+    state = State(model, optim.build(model, config.optim), optim.average(model, config.optim))
+    ddp = DistributedDataParallel(model)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (len(CAPTIONS), 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    tokens = models.tokenize(config.model)(CAPTIONS)
+    before = copy.deepcopy(model.state_dict())
+    for step in range(2):
+        optim.set_lr(state.optimizer, config.optim, step)
+        state.optimizer.zero_grad()
+        parts = accumulate(ddp, frames, tokens, config.losses, torch.ones(model.clip.vocab_size), [len(CAPTIONS)], 2)
+        assert all(part.isfinite() for part in parts.values())
+        state.optimizer.step()
+        state.ema.update_parameters(model)
+    buffers = before.keys() - {name for name, _ in model.named_parameters()}
+    fixed = {name for name in before if name.startswith("clip.")} if config.model.freeze_backbone else set()
+    for values in (model.state_dict(), state.best.state_dict()):
+        assert {name for name in before if torch.equal(values[name], before[name])} == fixed | buffers
+
+    url = weights.run_url(config)
+    weights.save_best(url, state.best, 2, {"r1": 0.5})
+    (Path(url) / "config.yaml").write_text(dump(config))
+    again, loaded = weights.load_run(url)
+    assert again == config
+    rest = [EvalBatch(frames, infos(*"abcd"))], models.tokenize(config.model), config.eval, torch.device("cpu")
+    assert evaluate(loaded, *rest) == evaluate(state.best, *rest)
+    resumed = State(models.build(config.model), optim.build(model, config.optim), optim.average(model, config.optim))
+    resumed.load(state.values())
+
+
+@every_method
+def test_no_video_depends_on_another_and_any_frame_count_works(method: str) -> None:
+    model, x = build(method).eval(), pixels(3)
+    together = model.encode_video(x)
+    torch.testing.assert_close(model.encode_video(x[1:2]).vector_BD, together.vector_BD[1:2])
+    torch.testing.assert_close(together.vector_BD.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    for frames in (2, 6, 8):
+        assert model.encode_video(pixels(1, frames)).vector_BD.shape == (1, 64)
+    torch.testing.assert_close(encode_clips(model, x, views=1), together.vector_BD)
+
+
+def gradients(model: models.TwoTower, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    tokens = torch.tensor([[4094, 3, 4, 4095, 0, 0], [4094, 5, 6, 7, 8, 4095]])
+    outputs = model(x, tokens)
+    if outputs.caption_logits_KV is not None:
+        sum(objective(outputs, tokens, torch.ones(4096, dtype=x.dtype)).values()).backward()
+    else:
+        (outputs.text.vector_TD * outputs.video.vector_BD.roll(1, 0)).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_method
+def test_checkpointing_changes_no_gradient(method: str) -> None:
+    expected, model = gradients(build(method).train(), pixels(2)), build(method).train()
+    model.clip.set_grad_checkpointing()
+    assert_equal(gradients(model, pixels(2)), expected)
+
+
+@pytest.mark.parametrize("method", ["seq_transf", "vop^f+c", "token_shift, patches", "clip_vip"])
+def test_compiling_changes_no_gradient(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = gradients(build(method).train(), pixels(2)), build(method).train()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model.compile_towers()
+    assert_equal(gradients(model, pixels(2)), expected)
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+@every_method
+def test_bf16_is_near(method: str) -> None:
+    model, x = build(method).float().eval(), pixels(2).float()
+    expected = model.encode_video(x).vector_BD
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, torch.tensor([[4094, 3, 4095], [4094, 5, 4095]]))
+        assert (found.video.vector_BD * expected).sum(1).min() > 0.99
+        found.video.vector_BD.float().sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "mean_pool", "freeze_backbone": True}, "leaves nothing to train"),
+        ({"name": "token_shift", "freeze_backbone": True}, "leaves nothing to train"),
+        ({"name": "mean_pool", "temporal": {"layers": 1}}, "set model.name=seq_transf"),
+        ({"name": "clip_vip", "captioner": {"layers": 1}}, "clip_vip has no frame features: set"),
+    ],
+)
+def test_impossible_combinations_are_refused(model: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply(config_of("mean_pool"), {"model": {"backbone": "tiny", **model}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "token_shift", "last_layers": 9}, "model.last_layers=9 is more than tiny's 4 layers"),
+        ({"name": "token_shift", "shift": "patches", "div": 18}, "model.div=18 is more than the 17 image tokens"),
+        ({"name": "seq_transf", "temporal": {"layers": 3}}, "text tower, which has 2 layers of width 64"),
+        ({"name": "seq_transf", "temporal": {"layers": 1}, "num_frames": 78}, "more than model.temporal's 77"),
+    ],
+)
+def test_what_a_backbone_cannot_carry_is_refused_by_name(changes: dict, message: str) -> None:
+    config = apply(config_of("mean_pool"), {"model": {"backbone": "tiny", **changes}})
+    with pytest.raises(ConfigError, match=message):
+        models.build(config.model)
+
+
+def test_ts2nets_shift_is_the_official_one_and_shifts_differ_from_none() -> None:
+    x = torch.randn(2, 1, 9, 8)
+    assert torch.equal(shift_patches(x, 7), x)  # one frame has no neighbours
+    assert torch.equal(shift_cls(x, 4)[:, :, 1:], x[:, :, 1:]) and not shift_cls(x, 4)[:, :, 0, :4].any()
+    if not GOLDEN.is_dir():
+        pytest.skip("reference tensors (../shared/golden) are not on this machine")
+    with np.load(GOLDEN / "ts2net.npz") as file:
+        for i in range(4):
+            given, expected = torch.from_numpy(file[f"in.shift_x{i}"]), torch.from_numpy(file[f"out.shift_y{i}"])
+            assert torch.equal(shift_patches(given.double(), 7), expected)
