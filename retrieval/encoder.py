@@ -33,9 +33,10 @@ def load_two_tower(run: str) -> tuple[TrainConfig, TwoTower]:
     """A run's configuration and model. Raises RunError if it gives a video no vector of its own."""
     config, model = load_run(run)
     if not isinstance(model, TwoTower):
+        assert config.model.scorer is not None
         raise RunError(
-            f"run {run} is a {config.model.name} model, which scores a video only together with a query and has no "
-            f"vector to embed or index: choose a run of {', '.join(sorted(models.MODELS))}"
+            f"run {run} has model.scorer={config.model.scorer.name}, which scores a video only together with a query: "
+            "there is no vector to embed or index. Choose a run without a scorer"
         )
     return config, model
 

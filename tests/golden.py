@@ -7,7 +7,7 @@ the sum whose derivative its gradients are.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +18,19 @@ from training.model_config import (
     ClipVipConfig,
     MeanPoolConfig,
     PromptSwitchConfig,
+    ScorerConfig,
     SeqTransfConfig,
     TokenShiftConfig,
     TwoTowerConfig,
     VoPConfig,
+    XPoolConfig,
 )
 from training.models.clip import clip_from_config
 from training.models.clip_vip import ClipVip
+from training.models.text_conditioned import Scorer
 from training.models.token_shift import TokenShift, shift_cls
 from training.models.two_tower import Outputs, TwoTower
+from training.models.xpool import XPool
 
 Values = dict[str, Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -86,7 +90,7 @@ def _clip_sizes(sizes: Mapping[str, Any], vision: Mapping[str, object], clip: Ma
 
 
 def gradients(
-    model: TwoTower,
+    model: torch.nn.Module,
     inputs: Mapping[str, Tensor] = NOTHING,
     names: Mapping[str, str] = NOTHING,
 ) -> Values:
@@ -159,6 +163,43 @@ def clip4clip(golden: Golden) -> Values:
             values["out.temporal_output"] = model.temporal(frames_BFD, mask)
         found |= {key.replace(".", f".{head}.", 1): value for key, value in values.items()}
     return found
+
+
+def xpool(golden: Golden) -> Values:
+    """The pooling block over given features; with the published head, and with several on the same weights."""
+    sizes, inputs = golden.sizes, golden.inputs
+    scale, found = inputs["logit_scale"].detach().exp(), {}
+    for heads, end in ((sizes["heads"], ""), (sizes["heads_alt"], f"_heads{sizes['heads_alt']}")):
+        scorer = scorer_of(golden, XPoolConfig(heads=heads, dropout=0.0), XPool)
+        text_TD, frames_BFD = inputs["text_features"], inputs["frame_features"]
+        similarity = scorer(text_TD[:, None], frames_BFD)
+        found |= {f"out.similarity{end}": similarity, f"out.pooled{end}": scorer.pooled(text_TD, frames_BFD)}
+        if not end:
+            (inputs["cotangent"] * similarity).sum().backward()
+            square = min(similarity.shape)
+            of_pairs = text_TD[:square, None], frames_BFD[:square], scale, [square]
+            found |= {"out.loss_square": losses.contrastive(*of_pairs, scorer), **gradients(scorer, inputs)}
+    return found
+
+
+S = TypeVar("S", bound=Scorer)
+
+
+def scorer_of(golden: Golden, config: ScorerConfig, kind: type[S]) -> S:
+    """The scorer with the file's weights. Its towers are not in the file: only their widths matter."""
+    sizes = golden.sizes
+    text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes.get("heads", 1)}
+    text |= {"text_layers": sizes.get("layers", 1), "ctx": sizes.get("positions", 8), "vocab": 2}
+    image = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8}
+    scorer = models.SCORERS[config.name](
+        config, clip_from_config(_clip_sizes({**text, **image}, {}, {})), sizes["frames"]
+    )
+    assert isinstance(scorer, kind)
+    scorer = scorer.to(golden.dtype)
+    own = scorer.state_dict()
+    theirs = {name.removeprefix("temporal."): name for name in own}
+    scorer.load_state_dict({theirs.get(k, k): v for k, v in golden.weights.items() if k != "logit_scale"})
+    return scorer
 
 
 def vop(golden: Golden) -> Values:
@@ -255,5 +296,6 @@ METHODS: dict[str, Callable[[Golden], Values]] = {
     "clip4clip": clip4clip,
     "vop": vop,
     "clipvip": clipvip,
+    "xpool": xpool,
     "tokshift": tokshift,
 }

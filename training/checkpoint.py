@@ -25,7 +25,7 @@ from common import retry, storage
 from common.errors import DataError, NotFoundError, RunError, StorageError
 from training.collectives import gather_objects
 from training.config import TrainConfig
-from training.models import TwoTower
+from training.models import Retriever
 from training.weights import run_url
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ class Position(NamedTuple):
 class State(NamedTuple):
     """All that an optimiser step changes. `ema` is the moving average of the model, or None."""
 
-    model: TwoTower
+    model: Retriever
     optimizer: AdamW
     ema: AveragedModel | None = None
 
     @property
-    def best(self) -> TwoTower:
+    def best(self) -> Retriever:
         """What is evaluated and kept."""
-        return self.model if self.ema is None else cast(TwoTower, self.ema.module)
+        return self.model if self.ema is None else cast(Retriever, self.ema.module)
 
     def values(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._asdict().items() if part is not None}

@@ -1,5 +1,6 @@
 """The only door to other ranks. Everything is the identity in one plain process."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up, over ranks, the gradients of parameters that DDP does not hold."""
+    if world_size() > 1:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
 
 
 def gather_objects(item: Any) -> list[Any]:

@@ -51,7 +51,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     model = models.build(config.model).to(device)
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
-        model,
+        model.towers,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=not config.losses.reads_text,
@@ -80,9 +80,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         optim.set_lr(state.optimizer, config.optim, step)
         state.optimizer.zero_grad()
         frames = batch.frames_BFCHW.to(device, non_blocking=True)
-        parts = accumulate(
-            ddp, frames, batch.tokens_BL, config.losses, weights_V, counts, config.workers.chunk_size, autocast
-        )
+        chunk_size = config.workers.chunk_size
+        parts = accumulate(ddp, frames, batch.tokens_BL, config.losses, weights_V, counts, chunk_size, autocast, model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
         state.optimizer.step()
         model.clip.logit_scale.data.clamp_(max=torch.tensor(MAX_LOGIT_SCALE).log().item())
@@ -117,7 +116,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     return test_metrics(config, model, run, device, settings["metric_log"])
 
 
-def test_metrics(config: TrainConfig, model: models.TwoTower, run: str, device: torch.device, metric_log: Any) -> dict:
+def test_metrics(config: TrainConfig, model: models.Retriever, run: str, device: torch.device, metric_log: Any) -> dict:
     """Metrics of the best weights on the test split, measured once; on the validation split if there is no test."""
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     sum_over_ranks(torch.zeros(1, device=device))  # rank 0 has published best/ before anybody reads it
@@ -138,7 +137,7 @@ def use_bf16(config: TrainConfig, device: torch.device) -> bool:
     return config.workers.bf16 and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def token_weights(config: TrainConfig, model: models.TwoTower) -> Tensor:
+def token_weights(config: TrainConfig, model: models.Retriever) -> Tensor:
     """Class weights of the caption loss, V."""
     frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS)
     return losses.token_weights(model.clip.vocab_size, frequent, config.losses.frequent_weight)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from training.collectives import gather, rank, sum_over_ranks
+from training.metrics import Score, cosines
 from training.models.captioner import counted_positions
 from training.models.two_tower import Outputs
 
@@ -23,16 +24,26 @@ FREQUENT_WORDS = (
 )
 
 
-def contrastive(text_BD: Tensor, video_BD: Tensor, logit_scale: Tensor, counts: list[int]) -> Tensor:
+def contrastive(
+    text_BD: Tensor,
+    video_BD: Tensor,
+    logit_scale: Tensor,
+    counts: list[int],
+    score: Score = cosines,
+) -> Tensor:
     """Symmetric InfoNCE: row b of text and of video are a pair; all other rows, of every rank, are negatives.
 
     Args:
         counts: rows of each rank.
+        score: of all given texts and videos, TV; for other than cosines the rows may be features of any shape.
     """
     texts_GD, videos_GD = gather(text_BD, counts), gather(video_BD, counts)
     labels_B = sum(counts[: rank()]) + torch.arange(len(text_BD), device=text_BD.device)
-    to_video = cross_entropy(logit_scale * text_BD @ videos_GD.T, labels_B, reduction="sum")
-    to_text = cross_entropy(logit_scale * video_BD @ texts_GD.T, labels_B, reduction="sum")
+    scores_BG = score(text_BD, videos_GD)
+    # Alone, both are the same pairs.
+    scores_GB = scores_BG if len(texts_GD) == len(text_BD) else score(texts_GD, video_BD)
+    to_video = cross_entropy(logit_scale * scores_BG, labels_B, reduction="sum")
+    to_text = cross_entropy(logit_scale * scores_GB.T, labels_B, reduction="sum")
     return (to_video + to_text) / (2 * len(texts_GD))
 
 

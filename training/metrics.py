@@ -8,7 +8,7 @@ Shapes: T texts, V videos, D joint width, C texts or videos of a chunk.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +16,18 @@ from torch import Tensor
 
 from common.errors import ConfigError
 
+Score = Callable[[Tensor, Tensor], Tensor]
+TIE = 1e-6
 CHUNK_SCORES = 64 * 2**20 // 4  # scores held at once: 64 MiB
 
 
+def cosines(text_TD: Tensor, video_VD: Tensor) -> Tensor:
+    """Scores TV of unit vectors."""
+    return text_TD @ video_VD.T
+
+
 def retrieval_metrics(
-    text_TD: Tensor, video_VD: Tensor, texts: Sequence[str], owner_T: Sequence[int]
+    text_TD: Tensor, video_VD: Tensor, texts: Sequence[str], owner_T: Sequence[int], score: Score = cosines
 ) -> dict[str, float]:
     """R@1/5/10 (percent), median and mean rank, text→video, and video→text with the prefix `v2t_`.
 
@@ -29,10 +36,14 @@ def retrieval_metrics(
         video_VD: unit vectors of all videos.
         texts: the captions; equal sentences are right answers for each other's videos.
         owner_T: which video each caption belongs to. Every video has at least one.
+        score: of all given texts and videos, TV. For other than cosines they may be features of any shape.
     """
     owner = torch.as_tensor(owner_T)
     right = _right_videos(texts, owner_T)
-    names = {"": _text_ranks(text_TD, video_VD, right), "v2t_": _video_ranks(text_TD, video_VD, owner, right)}
+    names = {
+        "": _text_ranks(text_TD, video_VD, right, score),
+        "v2t_": _video_ranks(text_TD, video_VD, owner, right, score),
+    }
     return {prefix + name: value for prefix, ranks in names.items() for name, value in summary(ranks).items()}
 
 
@@ -43,11 +54,11 @@ def summary(ranks: Tensor) -> dict[str, float]:
 
 
 def order_score(
-    text_TD: Tensor, video_VD: Tensor, owner_T: Sequence[int], sources: Sequence[str], tie: float = 1e-6
+    text_TD: Tensor, video_VD: Tensor, owner_T: Sequence[int], sources: Sequence[str], score: Score = cosines
 ) -> float:
     """Two-way choice between a clip and its twin (the other video of the same source), by a caption of the clip.
 
-    Mean over (caption, clip, twin) of 1 if the clip scores higher, 0.5 within `tie`, else 0. A model that averages
+    Mean over (caption, clip, twin) of 1 if the clip scores higher, 0.5 within 1e-6, else 0. A model that averages
     frames encoded one by one can't tell a clip from its reversal: it gets 0.5.
     """
     members = defaultdict(list)
@@ -59,8 +70,14 @@ def order_score(
         raise ConfigError("eval.twins=true, but no source_id has exactly two videos: set eval.twins=false")
     own = torch.as_tensor([owner_T[t] for t in texts])
     other = torch.as_tensor([twin[int(v)] for v in own])
-    gap_T = (text_TD[texts].double() * (video_VD[own].double() - video_VD[other].double())).sum(-1)
-    return float(torch.where(gap_T.abs() <= tie, 0.5, (gap_T > 0).double()).mean())
+    step, gaps = max(1, CHUNK_SCORES // len(video_VD)), []
+    for start in range(0, len(texts), step):
+        chunk = slice(start, start + step)
+        scores_CV = score(text_TD[texts[chunk]], video_VD)
+        rows = torch.arange(len(scores_CV))
+        gaps.append(scores_CV[rows, own[chunk]] - scores_CV[rows, other[chunk]])
+    gap_T = torch.cat(gaps)
+    return float(torch.where(gap_T.abs() <= TIE, 0.5, (gap_T > 0).double()).mean())
 
 
 def chance(num_videos: int) -> float:
@@ -76,16 +93,16 @@ def _right_videos(texts: Sequence[str], owner_T: Sequence[int]) -> list[list[int
     return [sorted(videos[text]) for text in texts]
 
 
-def _text_ranks(text_TD: Tensor, video_VD: Tensor, right: list[list[int]]) -> Tensor:
+def _text_ranks(text_TD: Tensor, video_VD: Tensor, right: list[list[int]], score: Score) -> Tensor:
     ranks = []
     step = max(1, CHUNK_SCORES // len(video_VD))
     for start in range(0, len(text_TD), step):
-        scores_CV = text_TD[start : start + step] @ video_VD.T
+        scores_CV = score(text_TD[start : start + step], video_VD)
         ranks.append(_ranks(scores_CV, right[start : start + step]))
     return torch.cat(ranks)
 
 
-def _video_ranks(text_TD: Tensor, video_VD: Tensor, owner_T: Tensor, right: list[list[int]]) -> Tensor:
+def _video_ranks(text_TD: Tensor, video_VD: Tensor, owner_T: Tensor, right: list[list[int]], score: Score) -> Tensor:
     """A video ranks the videos' caption groups; a group's score is that of its best caption."""
     also: dict[int, set[int]] = defaultdict(set)
     for videos in right:
@@ -98,7 +115,7 @@ def _video_ranks(text_TD: Tensor, video_VD: Tensor, owner_T: Tensor, right: list
     ranks = []
     step = max(1, CHUNK_SCORES // len(text_TD))
     for start in range(0, len(video_VD), step):
-        scores_CT = video_VD[start : start + step] @ sorted_TD.T
+        scores_CT = score(sorted_TD, video_VD[start : start + step]).T
         groups_CV = torch.from_numpy(np.maximum.reduceat(scores_CT.numpy(), starts.numpy(), axis=1))
         ranks.append(_ranks(groups_CV, groups[start : start + step]))
     return torch.cat(ranks)

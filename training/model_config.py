@@ -20,6 +20,17 @@ class TemporalConfig(Settings):
     layers: PositiveInt = Field(4, description="layers, at most as many as the text tower has")
 
 
+class XPoolConfig(Settings):
+    """X-Pool (CVPR 2022): a text pools the frames that it is about."""
+
+    name: Literal["xpool"] = Field("xpool", description="scorer")
+    heads: PositiveInt = Field(1, description="heads of the pooling attention (official: 1)")
+    dropout: float = Field(0.3, ge=0, lt=1, description="dropout of the residual map in training (official: 0.3)")
+
+
+ScorerConfig = XPoolConfig
+
+
 class TwoTowerConfig(Settings):
     """What every two-tower method has."""
 
@@ -34,6 +45,9 @@ class TwoTowerConfig(Settings):
         None, description="transformer over the frame features (CLIP4Clip-seqTransf), or null for none"
     )
     captioner: CaptionerConfig | None = Field(None, description="caption head, or null for none")
+    scorer: ScorerConfig | None = Field(
+        None, description="score texts and videos together: such a model can only re-rank; null = by one vector each"
+    )
 
     @property
     def segments(self) -> int:
@@ -43,7 +57,7 @@ class TwoTowerConfig(Settings):
     @property
     def adds_to_clip(self) -> bool:
         """True if retrieval goes through a module that is not CLIP's."""
-        return self.temporal is not None
+        return self.temporal is not None or self.scorer is not None
 
     @model_validator(mode="after")
     def _check_frozen(self) -> Self:
@@ -202,8 +216,10 @@ class ClipVipConfig(TwoTowerConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.temporal is not None or self.captioner is not None:
-            raise ValueError("clip_vip has no frame features: set model.temporal and model.captioner to null")
+        if self.temporal is not None or self.captioner is not None or self.scorer is not None:
+            raise ValueError(
+                "clip_vip has no frame features: set model.temporal, model.captioner and model.scorer to null"
+            )
         return self
 
 

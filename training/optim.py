@@ -8,10 +8,10 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from training.config import OptimConfig
-from training.models import TwoTower
+from training.models import Retriever
 
 
-def build(model: TwoTower, config: OptimConfig) -> AdamW:
+def build(model: Retriever, config: OptimConfig) -> AdamW:
     """Groups: backbone or new (each model names its new modules), matrices (decayed) or gains, biases, scale."""
     new = model.new_parameter_names()
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -46,7 +46,7 @@ def set_lr(optimizer: AdamW, config: OptimConfig, step: int) -> float:
     return factor
 
 
-def average(model: TwoTower, config: OptimConfig) -> AveragedModel | None:
+def average(model: Retriever, config: OptimConfig) -> AveragedModel | None:
     """The moving average of the weights, which begins as a copy; None without `optim.ema`."""
     if config.ema is None:
         return None

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training import losses
-from training.collectives import world_size
+from training.collectives import sum_gradients, world_size
 from training.config import LossConfig
-from training.models import Outputs, TwoTower
+from training.models import Outputs, Retriever, TextConditioned
 from training.models.captioner import counted_rows
 
 Piece = tuple[Tensor, Tensor, Tensor]  # frames, tokens, counted rows
@@ -28,10 +28,13 @@ Context = Callable[[], AbstractContextManager[object]]
 
 
 class Cut(NamedTuple):
-    """All that the contrastive losses read, cut off from what made it; `backward` fills in its gradients."""
+    """All that the contrastive losses read, cut off from what made it; `backward` fills in its gradients.
 
-    text_BD: Tensor
-    video_BD: Tensor
+    `query` and `key` are the model's: vectors BD, or what a scorer reads.
+    """
+
+    query: Tensor
+    key: Tensor
     frames_BFD: Tensor
     logit_scale: Tensor
 
@@ -45,6 +48,7 @@ def accumulate(
     counts: list[int],
     chunk_size: int | None = None,
     autocast: Context = nullcontext,
+    model: Retriever | None = None,
 ) -> dict[str, Tensor]:
     """Add the global objective's gradients to the parameters; returns this rank's part of each weighted loss.
 
@@ -56,7 +60,10 @@ def accumulate(
         counts: rows of each rank.
         chunk_size: most videos in a forward pass with a graph; None = all of this rank's.
         autocast: makes the context of a forward pass.
+        model: the one whose towers `ddp` holds; None = `ddp` holds a two-tower model.
     """
+    model = ddp.module if model is None else model
+    assert model is not None
     device, size = frames_BFCHW.device, chunk_size or len(frames_BFCHW)
     # Found here, where it takes no look at the device.
     counted = [counted_rows(part_BL).to(device, non_blocking=True) for part_BL in tokens_BL.split(size)]
@@ -64,18 +71,20 @@ def accumulate(
     pieces: list[Piece] = list(zip(frames_BFCHW.split(size), tokens_BL.split(size), counted, strict=True))
     # Through the wrapper: DDP reduces the gradients of nothing else, `logit_scale` too.
     kept = _forward(ddp, pieces[0], autocast) if len(pieces) == 1 else None
-    cut, states = (_cut([kept]), []) if kept else _without_graph(ddp.module, pieces, autocast)
+    cut, states = (_cut(model, [kept]), []) if kept else _without_graph(model, pieces, autocast)
     parts = {}
     if config.contrastive:
-        loss = losses.contrastive(cut.text_BD, cut.video_BD, cut.logit_scale, counts)
+        loss = losses.contrastive(cut.query, cut.key, cut.logit_scale, counts, model.score)
         parts["contrastive"] = config.contrastive * loss
         parts["contrastive"].backward()
+        if isinstance(model, TextConditioned):  # its scorer has worked on the cut features, where DDP does not look
+            sum_gradients(model.scorer.parameters())
     if config.frame_contrastive:
-        loss = losses.frame_contrastive(cut.text_BD, cut.frames_BFD, cut.logit_scale, counts)
+        loss = losses.frame_contrastive(cut.query, cut.frames_BFD, cut.logit_scale, counts)
         parts["frame_contrastive"] = config.frame_contrastive * loss
         parts["frame_contrastive"].backward()
     if config.caption:
-        parts["caption"] = torch.zeros((), dtype=cut.text_BD.dtype, device=device)
+        parts["caption"] = torch.zeros((), dtype=cut.query.dtype, device=device)
         total = losses.caption_total(tokens_BL, token_weights_V)
     for i, piece in enumerate(pieces):
         is_last = i == len(pieces) - 1
@@ -85,10 +94,10 @@ def accumulate(
             else:
                 with _random_state(states[i], device):
                     outputs = _forward(ddp, piece, autocast)
-            objective = torch.zeros((), dtype=cut.text_BD.dtype, device=device)
+            objective = torch.zeros((), dtype=cut.query.dtype, device=device)
             if config.reads_text:
                 rows = slice(i * size, i * size + len(piece[0]))
-                objective = objective + _pulled(outputs, cut, rows, with_scale=is_last)
+                objective = objective + _pulled(model, outputs, cut, rows, with_scale=is_last)
             if config.caption:
                 part = config.caption * losses.caption(outputs, token_weights_V, total)
                 parts["caption"] += part.detach()
@@ -104,36 +113,35 @@ def _forward(model: torch.nn.Module, piece: Piece, autocast: Context) -> Outputs
     return outputs
 
 
-def _cut(outputs: list[Outputs]) -> Cut:
+def _cut(model: Retriever, outputs: list[Outputs]) -> Cut:
     def leaf(values: list[Tensor]) -> Tensor:
         joined = torch.cat(values).detach()
         # Logits and their softmax over the global batch in full precision.
         return (joined.float() if joined.dtype.itemsize < 4 else joined).requires_grad_()
 
-    texts = [out.text.vector_TD for out in outputs]
-    videos = [out.video.vector_BD for out in outputs if out.video.vector_BD is not None]
+    queries, keys = [model.query(out.text) for out in outputs], [model.key(out.video) for out in outputs]
     frames = [out.video.frames_BFD for out in outputs]
-    return Cut(leaf(texts), leaf(videos), leaf(frames), leaf([outputs[0].logit_scale.reshape(1)]))
+    return Cut(leaf(queries), leaf(keys), leaf(frames), leaf([outputs[0].logit_scale.reshape(1)]))
 
 
-def _without_graph(model: TwoTower, pieces: list[Piece], autocast: Context) -> tuple[Cut, list[list[Tensor]]]:
+def _without_graph(model: Retriever, pieces: list[Piece], autocast: Context) -> tuple[Cut, list[list[Tensor]]]:
     """The vectors of all pieces, and the random state before each. The raw model: DDP counts forward passes."""
     outputs, states = [], []
     with torch.no_grad():
         for frames, tokens, _ in pieces:
             states.append(_states(tokens.device))
             with autocast():
-                video, text = model.encode_video(frames), model.encode_text(tokens)
+                video, text = model.towers.encode_video(frames), model.towers.encode_text(tokens)
                 outputs.append(Outputs(text, video, model.clip.logit_scale.exp(), None, None))
-    return _cut(outputs), states
+    return _cut(model, outputs), states
 
 
-def _pulled(outputs: Outputs, cut: Cut, rows: slice, with_scale: bool) -> Tensor:
+def _pulled(model: Retriever, outputs: Outputs, cut: Cut, rows: slice, with_scale: bool) -> Tensor:
     """A number whose gradient is the loss's, by way of these rows of the vectors and, once, of the scale."""
-    assert cut.text_BD.grad is not None and cut.logit_scale.grad is not None
-    pulled = (outputs.text.vector_TD * cut.text_BD.grad[rows]).sum()
-    for value, leaf in ((outputs.video.vector_BD, cut.video_BD), (outputs.video.frames_BFD, cut.frames_BFD)):
-        if value is not None and leaf.grad is not None:  # the losses that are on read it
+    assert cut.query.grad is not None and cut.logit_scale.grad is not None
+    pulled = (model.query(outputs.text) * cut.query.grad[rows]).sum()
+    for value, leaf in ((model.key(outputs.video), cut.key), (outputs.video.frames_BFD, cut.frames_BFD)):
+        if leaf.grad is not None:  # the losses that are on read it
             pulled = pulled + (value * leaf.grad[rows]).sum()
     return pulled + (outputs.logit_scale * cut.logit_scale.grad).sum() if with_scale else pulled
 

@@ -20,7 +20,7 @@ from common import retry, storage
 from common.errors import NotFoundError, RunError
 from training import models
 from training.config import TrainConfig
-from training.models import TwoTower
+from training.models import Retriever
 
 
 def run_url(config: TrainConfig) -> str:
@@ -28,7 +28,7 @@ def run_url(config: TrainConfig) -> str:
     return storage.join(storage.absolute(config.run.storage), config.run.name)
 
 
-def save_best(run: str, model: TwoTower, step: int, metrics: dict[str, float]) -> None:
+def save_best(run: str, model: Retriever, step: int, metrics: dict[str, float]) -> None:
     """Publish the weights as `best/`, whole or not at all. One file, so weights and metrics never disagree."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -42,7 +42,7 @@ def best_url(run: str) -> str:
     return storage.join(run, "best", "model.safetensors")
 
 
-def load_best(run: str, model: TwoTower) -> dict[str, Any]:
+def load_best(run: str, model: Retriever) -> dict[str, Any]:
     """Load `best/` of a run into a model; returns its header ({"step", "metrics"}). Raises RunError."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -67,7 +67,7 @@ def load_config(run: str) -> TrainConfig:
         raise RunError(f"{url} does not exist: {run} is not the folder of a run (STORAGE/NAME)") from None
 
 
-def load_run(run: str) -> tuple[TrainConfig, TwoTower]:
+def load_run(run: str) -> tuple[TrainConfig, Retriever]:
     """A run's configuration and its model with the best weights, in eval mode on the CPU. Raises RunError."""
     run = run.removesuffix("/config.yaml").rstrip("/")
     config = load_config(run)

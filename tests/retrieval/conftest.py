@@ -85,14 +85,22 @@ def _marker(root: Path, name: str, infos: list[SampleInfo]) -> ShardEntry:
     return ShardEntry(name=name, samples=len(infos), captions=captions, bytes=size, sha256=sha256)
 
 
-def write_run(root: Path, name: str, dataset: Path | str, seed: int = 0, backbone: str = "tiny") -> str:
+def write_run(
+    root: Path, name: str, dataset: Path | str, seed: int = 0, backbone: str = "tiny", scorer: dict | None = None
+) -> str:
     """A run of random weights, as a training run leaves it."""
     settings = config.validate(
         TrainConfig,
         {
             "run": {"name": name, "storage": str(root)},
             "data": {"dataset": str(dataset)},
-            "model": {"name": "prompt_switch", "backbone": backbone, "num_frames": 2, "num_prompts": 2},
+            "model": {
+                "name": "prompt_switch",
+                "backbone": backbone,
+                "num_frames": 2,
+                "num_prompts": 2,
+                "scorer": scorer,
+            },
             "optim": {"steps": 1},
         },
     )

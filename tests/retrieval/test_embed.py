@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from torch import nn
 
 from common import storage
 from common.errors import ConfigError, DataError, RunError
@@ -108,11 +107,10 @@ def test_parts_of_another_source_are_refused(what: str, run: str, dataset: Path,
         embed_here(config)
 
 
-def test_a_model_without_video_vectors_is_refused(embed_config: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, _ = load_run(embed_config.run)
-    monkeypatch.setattr(encoder, "load_run", lambda run: (config, nn.Linear(1, 1)))
-    with pytest.raises(RunError, match="scores a video only together with a query and has no vector to embed"):
-        embed_here(embed_config)
+def test_a_model_without_video_vectors_is_refused(dataset: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, "scorer", dataset, scorer={"name": "xpool"})
+    with pytest.raises(RunError, match=r"model\.scorer=xpool, which scores a video only together with a query"):
+        embed_here(settings(run, tmp_path))
 
 
 def test_a_run_without_best_weights_is_refused(embed_config: EmbedConfig, dataset: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from training.checkpoint import State
 from training.config import PRESETS, TrainConfig
 from training.data.loader import EvalBatch
 from training.encode import encode_clips, evaluate
+from training.models import text_conditioned
 from training.models.token_shift import shift_cls, shift_patches
 from training.step import accumulate
 
@@ -48,10 +49,18 @@ METHODS: dict[str, dict] = {
     "clip_vip": {"name": "clip_vip", "proxy_init_std": 0.5},
 }
 every_method = pytest.mark.parametrize("method", METHODS)
+XPOOL = {"scorer": {"name": "xpool", "heads": 2}}
+SCORED: dict[str, dict] = {
+    "mean_pool, xpool": {"name": "mean_pool", **XPOOL},
+    "mean_pool, xpool, frozen": {"name": "mean_pool", "freeze_backbone": True, **XPOOL},
+    "prompt_switch, xpool": {"name": "prompt_switch", "num_prompts": 2, **XPOOL},
+    "vop^f+c, xpool": {**PROMPTS, "joint_layers": 2, "specific": "context", **XPOOL},
+}
 
 
 def test_all_methods_are_here() -> None:
     assert {values["name"] for values in METHODS.values()} == set(models.MODELS)
+    assert {values["scorer"]["name"] for values in SCORED.values()} == set(models.SCORERS)
 
 
 @pytest.fixture
@@ -66,12 +75,12 @@ def config_of(method: str, folder: Path = Path("runs")) -> TrainConfig:
     """The preset `tiny` with another method and the moving average on."""
     config = configs.load(TrainConfig, "tiny", ["data.dataset=s3://x/y"], PRESETS)
     captions = {"captioner": {"layers": 1}, "caption": 0.5} if "prompt_switch" in method else {"caption": 0.0}
-    model = {"backbone": "tiny", "num_frames": 4, "captioner": captions.get("captioner"), **METHODS[method]}
+    model = {"backbone": "tiny", "num_frames": 4, "captioner": captions.get("captioner"), **(METHODS | SCORED)[method]}
     changes = {"model": model, "losses.caption": captions["caption"], "optim.ema": 0.5, "optim.warmup": 0}
     return apply(config, {**changes, "run.storage": str(folder), "run.name": "run"})
 
 
-def build(method: str) -> models.TwoTower:
+def build(method: str) -> models.Retriever:
     """In float64; nothing that begins at zero hides what is behind it."""
     torch.manual_seed(0)
     model = models.build(config_of(method).model).double()
@@ -86,13 +95,13 @@ def pixels(videos: int, frames: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("alone")
-@every_method
+@pytest.mark.parametrize("method", [*METHODS, *SCORED])
 def test_it_trains_saves_loads_and_evaluates(method: str, tmp_path: Path) -> None:
     config = config_of(method, tmp_path)
     torch.manual_seed(0)
     model = models.build(config.model)
     state = State(model, optim.build(model, config.optim), optim.average(model, config.optim))
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model.towers)
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (len(CAPTIONS), 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tokens = models.tokenize(config.model)(CAPTIONS)
@@ -100,12 +109,13 @@ def test_it_trains_saves_loads_and_evaluates(method: str, tmp_path: Path) -> Non
     for step in range(2):
         optim.set_lr(state.optimizer, config.optim, step)
         state.optimizer.zero_grad()
-        parts = accumulate(ddp, frames, tokens, config.losses, torch.ones(model.clip.vocab_size), [len(CAPTIONS)], 2)
+        weights_V = torch.ones(model.clip.vocab_size)
+        parts = accumulate(ddp, frames, tokens, config.losses, weights_V, [len(CAPTIONS)], 2, model=model)
         assert all(part.isfinite() for part in parts.values())
         state.optimizer.step()
         state.ema.update_parameters(model)
     buffers = before.keys() - {name for name, _ in model.named_parameters()}
-    fixed = {name for name in before if name.startswith("clip.")} if config.model.freeze_backbone else set()
+    fixed = {n for n in before if "clip." in n} if config.model.freeze_backbone else set()
     for values in (model.state_dict(), state.best.state_dict()):
         assert {name for name in before if torch.equal(values[name], before[name])} == fixed | buffers
 
@@ -129,6 +139,20 @@ def test_no_video_depends_on_another_and_any_frame_count_works(method: str) -> N
     for frames in (2, 6, 8):
         assert model.encode_video(pixels(1, frames)).vector_BD.shape == (1, 64)
     torch.testing.assert_close(encode_clips(model, x, views=1), together.vector_BD)
+
+
+@pytest.mark.parametrize("method", SCORED)
+def test_a_scorer_keeps_frames_and_scores_in_pieces(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(method).eval()
+    assert isinstance(model, models.TextConditioned)
+    generator = torch.Generator().manual_seed(2)
+    query_TQD, key_VFD = (torch.randn(5, n, 64, dtype=torch.float64, generator=generator) for n in (1, 4))
+    expected = model.score(query_TQD, key_VFD)
+    assert expected.shape == (5, 5) and expected.abs().max() <= 1
+    with torch.no_grad():
+        monkeypatch.setattr(text_conditioned, "SCORER_VALUES", 1)  # one text at a time
+        torch.testing.assert_close(model.score(query_TQD, key_VFD), expected)
+    assert encode_clips(model, pixels(3, 8), views=2).shape == (3, 8, 64)
 
 
 def gradients(model: models.TwoTower, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def test_a_preset_trains_two_steps(preset: str, deep: str) -> None:
     tiny = [f"model.backbone={deep}", "model.pretrained=null", "optim.lr=1e-5", "optim.lr_new=1e-4", "optim.warmup=0"]
     config = configs.load(TrainConfig, preset, tiny, PRESETS)
     model = models.build(config.model)
-    ddp = DistributedDataParallel(model)
+    ddp = DistributedDataParallel(model.towers)
     optimizer = optim.build(model, config.optim)
     size = models.image_size_of(deep)
     frames = torch.randint(0, 256, (len(CAPTIONS), config.model.num_frames, 3, size, size), dtype=torch.uint8)
@@ -58,7 +58,7 @@ def test_a_preset_trains_two_steps(preset: str, deep: str) -> None:
     for step in range(2):
         optim.set_lr(optimizer, config.optim, step)
         optimizer.zero_grad()
-        parts = accumulate(ddp, frames, tokens, config.losses, weights, [len(CAPTIONS)])
+        parts = accumulate(ddp, frames, tokens, config.losses, weights, [len(CAPTIONS)], model=model)
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
         optimizer.step()
         totals.append(sum(part.item() for part in parts.values()))

@@ -2,14 +2,16 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import pytest
 
+from common import storage
 from common.errors import StorageError
 from training import tracking
-from training.checkpoint import _within
+from training.checkpoint import _upload, _within
 
 MetricLog: Any = tracking.MetricLog.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # without its actor
 
@@ -64,3 +66,11 @@ def test_an_upload_that_hangs_is_given_up():
     assert time.monotonic() - began < 200
     with pytest.raises(KeyError):  # what the upload itself raises
         _within(100, lambda: {}["x"], "the upload of x")
+
+
+def test_a_checkpoints_upload_has_a_deadline(monkeypatch: pytest.MonkeyPatch):
+    """Seen to fail where the upload waits as long as it takes."""
+    monkeypatch.setattr(storage, "publish", lambda path, url: time.sleep(60))
+    checkpoint: Any = SimpleNamespace(path="nowhere")
+    with pytest.raises(StorageError, match=r"the upload of s3://x/checkpoint_7 did not end within"):
+        _upload("s3://x", 0.2, checkpoint, "checkpoint_7")

@@ -1,20 +1,25 @@
-"""Methods by name. To add one: a config class in training/model_config.py, a file here, a line in MODELS, a preset."""
+"""Methods by name. To add one: a config class in training/model_config.py, a file here, a line below, a preset."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 from training.model_config import ModelConfig
-from training.models.clip import image_size_of, tokenizer
+from training.models.clip import image_size_of, open_clip, tokenizer
 from training.models.clip_vip import ClipVip
 from training.models.mean_pool import MeanPool
 from training.models.prompt_switch import PromptSwitch
 from training.models.seq_transf import SeqTransf
+from training.models.text_conditioned import Scorer, TextConditioned
 from training.models.token_shift import TokenShift
 from training.models.two_tower import Outputs, TextOut, TwoTower, VideoOut
 from training.models.vop import VoP
+from training.models.xpool import XPool
 
-__all__ = ["MODELS", "Outputs", "TextOut", "TwoTower", "VideoOut", "build", "image_size_of", "tokenize"]
+__all__ = ["MODELS", "SCORERS", "Outputs", "Retriever", "TextConditioned", "TextOut", "TwoTower", "VideoOut"]
+__all__ += ["build", "image_size_of", "tokenize"]
+
+Retriever = TwoTower | TextConditioned
 
 MODELS: dict[str, Callable[..., TwoTower]] = {
     "mean_pool": MeanPool,
@@ -25,10 +30,21 @@ MODELS: dict[str, Callable[..., TwoTower]] = {
     "clip_vip": ClipVip,
 }
 
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "xpool": XPool,
+}
 
-def build(config: ModelConfig) -> TwoTower:
-    """The model that a config names. Raises ConfigError if its backbone can't carry it."""
-    return MODELS[config.name](config)
+
+def build(config: ModelConfig, clip: open_clip.CLIP | None = None) -> Retriever:
+    """The model that a config names. Raises ConfigError if its backbone can't carry it.
+
+    Args:
+        clip: the towers to start from; None = as the config says.
+    """
+    towers = MODELS[config.name](config, clip)
+    if config.scorer is None:
+        return towers
+    return TextConditioned(towers, SCORERS[config.scorer.name](config.scorer, towers.clip, config.num_frames))
 
 
 def tokenize(config: ModelConfig) -> Callable[[list[str]], Tensor]:

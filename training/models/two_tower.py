@@ -102,6 +102,24 @@ class TwoTower(nn.Module, ABC):
         positions = torch.arange(tokens_TL.shape[1], device=tokens_TL.device)
         return TextOut(normalize(vector_TD, dim=-1), words_TLD, positions < clip_tower.lengths(tokens_TL)[:, None])
 
+    @property
+    def towers(self) -> Self:
+        """What encodes; a text-conditioned model has more."""
+        return self
+
+    def query(self, text: TextOut) -> Tensor:
+        """What a score reads of a text: its vector, TD."""
+        return text.vector_TD
+
+    def key(self, video: VideoOut) -> Tensor:
+        """What a score reads of a video, and an index holds of it: its vector, BD."""
+        assert video.vector_BD is not None
+        return video.vector_BD
+
+    def score(self, query_TD: Tensor, key_VD: Tensor) -> Tensor:
+        """Cosines TV."""
+        return query_TD @ key_VD.T
+
     def compile_towers(self) -> None:
         """torch.compile both; parameters keep their names. A copy of the model must be taken before."""
         self.frame_features = torch.compile(self.frame_features)  # type: ignore[method-assign]
