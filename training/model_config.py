@@ -57,12 +57,12 @@ class TwoTowerConfig(Settings):
     @property
     def adds_to_clip(self) -> bool:
         """True if retrieval goes through a module that is not CLIP's."""
-        return self.temporal is not None or self.scorer is not None
+        return self.temporal is not None
 
     @model_validator(mode="after")
     def _check_frozen(self) -> Self:
         if self.freeze_backbone and not self.adds_to_clip:
-            raise ValueError("model.freeze_backbone=true leaves nothing to train here: set it to false")
+            raise ValueError("model.freeze_backbone=true leaves nothing to train in the towers: set it to false")
         return self
 
 
