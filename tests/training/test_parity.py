@@ -12,7 +12,15 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 
 @pytest.mark.parametrize(
     "name",
-    ["promptswitch_square.npz", "promptswitch_chunked.npz", "clip4clip.npz", "vop.npz", "clipvip.npz", "tokshift.npz"],
+    [
+        "promptswitch_square.npz",
+        "promptswitch_chunked.npz",
+        "clip4clip.npz",
+        "vop.npz",
+        "clipvip.npz",
+        "tokshift.npz",
+        "xpool.npz",
+    ],
 )
 def test_official_outputs_and_gradients(name: str, capsys: pytest.CaptureFixture[str]):
     if not (GOLDEN / name).is_file():
