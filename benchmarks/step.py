@@ -128,6 +128,19 @@ def timed(act: Callable[[], object], repeats: int, device: torch.device) -> Time
     return rounds.seconds(repeat)
 
 
+def measured(
+    config: StepBenchConfig, device: torch.device, where: str, folder: Path
+) -> tuple[list[dict[str, Times]], float]:
+    """The rounds, and the operations of the switched tower over those of the plain one."""
+    sides = sides_of(config, device)
+    extra = operations(sides["prompt switch"]) / operations(sides["plain clip"])
+    for act in sides.values():
+        act()  # allocations and first calls
+    key = {**config.model_dump(exclude={"folder", "rounds", "minutes"}), "device": where}
+    timers = {name: functools.partial(timed, side, config.repeats, device) for name, side in sides.items()}
+    return rounds.run(folder / "rounds.jsonl", key, config.rounds, config.minutes, timers, folder / "out"), extra
+
+
 def main() -> int:
     config = rounds.configured(StepBenchConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,24 +148,18 @@ def main() -> int:
     torch.manual_seed(0)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{config.threads} CPU threads"
     with tempfile.TemporaryDirectory() as store:  # one process, so that DDP is what it is in training
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.FileStore(f"{store}/store", 1), rank=0, world_size=1)
-        sides = sides_of(config, device)
-        extra = operations(sides["prompt switch"]) / operations(sides["plain clip"])
-        for act in sides.values():
-            act()  # allocations and first calls
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{config.threads} CPU threads"
-        key = {**config.model_dump(exclude={"folder", "rounds", "minutes"}), "device": where}
-        timers = {name: functools.partial(timed, side, config.repeats, device) for name, side in sides.items()}
-        rows = rounds.run(folder / "rounds.jsonl", key, config.rounds, config.minutes, timers, folder / "out")
-        dist.destroy_process_group()
+        rows, extra = measured(config, device, where, folder)
+        dist.destroy_process_group()  # after DDP is gone: as the last to hold the group it may hang
     if not rows:
         print("no round yet")
         return 0
     print(f"{where}, {config.backbone}, {config.clips} clips of {config.frames} frames, cube of {config.prompts}")
     images = config.clips * config.frames * config.repeats
-    for side in sides:
+    for side in rows[0]:
         print(f"{side}: {rounds.spread([images / row[side]['tasks'] for row in rows])} images/s")
     for ours, other in PAIRS:
         ratios = [row[ours]["tasks"] / row[other]["tasks"] for row in rows]
