@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from common.config import validate
+from tests.entry import REPOSITORY
 from tests.golden import objective
 from training import losses, models
 from training.collectives import sum_over_ranks
@@ -84,6 +86,15 @@ def worker(rank: int, world_size: int, chunks: int, folder: str, scorer: dict | 
     # Nothing is torn down: DDP's reducer, where it is the last to hold the group, ends it with the GIL held and waits
     # for gloo's thread, which may be waiting for the GIL to let go of the last collective. Such a rank hangs for ever.
     os._exit(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> Iterator[None]:
+    """It imports once for all ranks, and knows nothing of this process's sys.path."""
+    mp.get_context("forkserver").set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
+        yield
 
 
 def run_ranks(world_size: int, chunks: int, folder: Path, scorer: dict | None = None) -> dict:
