@@ -150,7 +150,7 @@ def main() -> int:
         ratios = [images * row[name]["tasks"] / row["two ranks"]["tasks"] for row in rows]
         print(f"images/s, two ranks / {name}: {rounds.spread(ratios)}")
 
-    model = model_of(step_config(config))
+    model = model_of(config.backbone, config.frames, config.frames)
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
     width = model.clip.text_projection.shape[1]
     expected = theory(gradients, width, config.clips, 2)

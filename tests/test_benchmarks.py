@@ -5,8 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks import gpu
 from benchmarks.input import InputBenchConfig, drawn, summary, timed
 from benchmarks.real_clips import family
+from common.errors import ConfigError
 from tests.entry import REPOSITORY
 from training.data.decode import draws, frame_indices
 
@@ -32,6 +37,50 @@ def test_annotations_group_families_and_drawing_styles(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["captions"] for line in lines] == [["man running", "race, run"], ["woman running"], ["dog", "pet"]]
     assert lines[0]["group"] == lines[1]["group"] != lines[2]["group"]
+
+
+def test_gpu_runs_at_a_toy_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["clips=4", "most_clips=8", "frames=6", "words=8", "rounds=1", "steps=1", "peak_tflops=1"]
+    rows = 'options=["fp32","bf16+checkpointing+chunks"]'
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", 'backbones=["tiny"]', rows, *sizes])
+    assert gpu.main() == 0
+    _, operations, _, _, *table, first, second, third = capsys.readouterr().out.splitlines()
+    # Forward and backward, two for each multiply-add: 6 frames, 4 blocks, 17 image tokens and 6 prompts of width 64.
+    blocks = 3 * 2 * 6 * 4 * 23 * (12 * 64**2 + 2 * 23 * 64)
+    assert (
+        1 < float(operations.removeprefix("tiny: ").split()[0]) * 1e9 / blocks < 1.3
+    )  # captions and heads beside them
+    cells = [row.strip("| ").split(" | ") for row in table]
+    assert [(c[1], c[2]) for c in cells] == [
+        ("fp32", "4"),
+        ("bf16+checkpointing+chunks", "4"),
+        ("bf16", "8"),  # the largest that was tried
+        ("bf16, chunk_size=8", "32"),
+    ]
+    for _, _, clips, ms, rate, tflops, mfu, *_ in cells:
+        assert float(rate) == pytest.approx(1e3 * int(clips) / float(ms), rel=0.05)
+        assert float(mfu.rstrip("%")) == pytest.approx(100 * float(tflops), abs=0.06)
+    shares = [int(kernel.split("%")[0]) for kernel in (first, second, third)]
+    assert 100 >= shares[0] >= shares[1] >= shares[2] > 0
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", 'options=["bf17"]'])
+    with pytest.raises(ConfigError, match="bf17 is none of fp32, bf16"):
+        gpu.main()
+
+
+def test_gpu_goes_on_where_a_batch_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail where the search takes the last batch that was tried."""
+
+    def measured(config: gpu.GpuBenchConfig, clips: int, device: object) -> gpu.Row:
+        if clips > 100:
+            raise torch.OutOfMemoryError
+        return gpu.Row(1.0, None, None)
+
+    monkeypatch.setattr(gpu, "step_of", lambda config, backbone, options, clips, chunk_size, device: clips)
+    monkeypatch.setattr(gpu, "measured", measured)
+    cpu = torch.device("cpu")
+    assert gpu.largest(gpu.GpuBenchConfig(clips=16), "tiny", cpu) == 64
+    assert gpu.largest(gpu.GpuBenchConfig(clips=128), "tiny", cpu) is None
+    assert "does not fit" in gpu.line(gpu.GpuBenchConfig(), "tiny", "bf16", 128, None, 1.0, "CPU")
 
 
 def test_input_draws_what_training_draws() -> None:

@@ -110,6 +110,9 @@ class WorkerConfig(Settings):
     drain_every: PositiveInt = Field(
         10, description="steps between looks whether a node is being taken away; while one is, each look saves"
     )
+    resize_s: PositiveFloat = Field(
+        60.0, description="seconds between looks whether there is room for more ranks; a change is a restart"
+    )
     autoscale: bool = Field(False, description="the cluster grows: wait for resources that it does not have yet")
     start_timeout_s: PositiveInt = Field(600, description="seconds to wait for the workers' resources")
 

@@ -21,6 +21,7 @@ from common.errors import ConfigError, exit_with, told
 from training import models
 from training.config import PRESETS, TrainConfig
 from training.data.loader import check_frames
+from training.failures import TellFailures, without_traceback
 from training.loop import test_metrics
 from training.train import connect, scaling, with_absolute_paths, with_loaders
 from training.weights import run_url
@@ -38,7 +39,11 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
         _worker,  # type: ignore[arg-type]
         train_loop_config=config.model_dump(mode="json"),
         scaling_config=scaling(config),
-        run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), "evaluations")),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.join(run_url(config), "evaluations"),
+            callbacks=[TellFailures()],
+        ),
     )
     try:
         result: dict[str, float] = trainer.fit().return_value  # type: ignore[attr-defined]
@@ -52,7 +57,8 @@ def _worker(values: dict[str, Any]) -> dict[str, float]:
     logs.setup(ray.train.get_context().get_world_rank())
     device = get_device()
     model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
-    return test_metrics(config, model, run_url(config), device, None)
+    with without_traceback():
+        return test_metrics(config, model, run_url(config), device, None)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
