@@ -42,7 +42,7 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
         run_config=RunConfig(
             name=name,
             storage_path=storage.join(run_url(config), "evaluations"),
-            callbacks=[TellFailures()],
+            callbacks=[TellFailures()],  # type: ignore[list-item]
         ),
     )
     try:

@@ -143,7 +143,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
         num_workers=elastic,
         use_gpu=use_gpu,
         resources_per_worker=resources,
-        elastic_resize_monitor_interval_s=workers.resize_s,
+        elastic_resize_monitor_interval_s=workers.resize_s,  # type: ignore[call-arg]
     )
 
 
