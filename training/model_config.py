@@ -253,6 +253,9 @@ class TS2NetConfig(ShiftConfig):
     num_selected: PositiveInt = Field(3, description="patches of a frame that are selected, beside CLS (official: 3)")
     samples: PositiveInt = Field(500, description="noise samples of the differentiable selection (official: 500)")
     sigma: PositiveFloat = Field(0.05, description="std of that noise (official: 0.05)")
+    full_gradient: bool = Field(
+        False, description="the whole gradient of the noisy selection; false = its diagonal, as in the official code"
+    )
     noise_in_eval: bool = Field(
         False,
         description="draw the noise in evaluation too: the official code does, and so a video's features are never "

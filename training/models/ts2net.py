@@ -67,7 +67,8 @@ class TS2Net(TokenShift):
         """How much each patch is the first, second, ... kth selected one of its frame, BFkP: 0 or 1 without noise."""
         scores_NP = scores_BFL[..., 1:].flatten(0, 1)
         scores_NP = scores_NP.float() if scores_NP.dtype.itemsize < 4 else scores_NP
-        indicator_NkP = top_k(scores_NP, self.config.num_selected, noise_NSP, self.config.sigma)
+        config = self.config
+        indicator_NkP = top_k(scores_NP, config.num_selected, noise_NSP, config.sigma, config.full_gradient)
         return indicator_NkP.unflatten(0, scores_BFL.shape[:2])
 
     def selected(self, tokens_BFLD: Tensor, indicator_BFkP: Tensor) -> Tensor:
@@ -130,11 +131,14 @@ class TS2NetScorer(Scorer):
         return 4 * cached_VKD.shape[1]
 
 
-def top_k(scores_NP: Tensor, k: int, noise_NSP: Tensor | None, sigma: float) -> Tensor:
+def top_k(
+    scores_NP: Tensor, k: int, noise_NSP: Tensor | None = None, sigma: float = 1.0, full_gradient: bool = False
+) -> Tensor:
     """The k best patches in the order of their places, NkP: one-hot rows, or with noise their mean over its samples.
 
-    The gradient is that of the official code: the diagonal of the perturbed top-k's Jacobian (Cordonnier et al., CVPR
-    2021), so that a patch's score is moved by its own entries only.
+    Args:
+        full_gradient: that of the perturbed top-k (Cordonnier et al., CVPR 2021); False = its diagonal, as official: a
+            patch's score is moved by its own entries only.
     """
     if noise_NSP is None:
         return one_hot(scores_NP.topk(k).indices.sort().values, scores_NP.shape[1]).to(scores_NP.dtype)
@@ -142,6 +146,11 @@ def top_k(scores_NP: Tensor, k: int, noise_NSP: Tensor | None, sigma: float) -> 
     places_NkS = (scores_NP.detach()[:, None] + sigma * noise_NSP).topk(k).indices.sort().values.transpose(1, 2)
     empty_NkP = scores_NP.new_zeros(len(scores_NP), k, scores_NP.shape[1])
     mean_NkP = empty_NkP.scatter_add(2, places_NkS, torch.ones_like(places_NkS, dtype=scores_NP.dtype)) / samples
-    drawn_NkS = noise_NSP.transpose(1, 2).gather(1, places_NkS)
-    slope_NkP = empty_NkP.scatter_add(2, places_NkS, drawn_NkS) / (samples * sigma)
-    return mean_NkP + slope_NkP * (scores_NP - scores_NP.detach())[:, None]
+    zero_NP = scores_NP - scores_NP.detach()  # what carries the gradient and changes no value
+    if full_gradient:
+        moved_NS = torch.einsum("nsp,np->ns", noise_NSP, zero_NP)
+        moved_NkP = empty_NkP.scatter_add(2, places_NkS, moved_NS[:, None].expand_as(places_NkS))
+    else:
+        drawn_NkS = noise_NSP.transpose(1, 2).gather(1, places_NkS)
+        moved_NkP = empty_NkP.scatter_add(2, places_NkS, drawn_NkS) * zero_NP[:, None]
+    return mean_NkP + moved_NkP / (samples * sigma)
