@@ -15,6 +15,8 @@ from common import config as configs
 from common import storage
 from common.config import apply, dump
 from common.errors import ConfigError, DataError, NotFoundError, ProjectError, RunError, StorageError
+from retrieval.config import EmbedConfig
+from retrieval.embed import embed
 from tests.entry import assert_refused, run
 from tests.faults import commands, kill, wait_until
 from training import models
@@ -78,7 +80,7 @@ def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
     assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
 
 
-def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig):
+def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig, tmp_path: Path):
     vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
     config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})
     assert 0 <= train(config)["order"] <= 1
@@ -87,6 +89,26 @@ def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: Tra
     untrained = models.build(config.model).state_dict()
     kept = {name for name, value in model.state_dict().items() if torch.equal(value, untrained[name])}
     assert kept == {name for name in untrained if name.startswith("clip.")}
+    assert embed(to_embed(config, tmp_path)).videos == 8
+
+
+def test_a_text_conditioned_model_is_trained_on_ranks_and_has_no_vector_to_embed(tiny: TrainConfig, tmp_path: Path):
+    xclip = {"name": "seq_transf", "backbone": "tiny", "temporal": {"layers": 2}, "scorer": {"name": "xclip"}}
+    config = apply(tiny, {"model": {**xclip, "num_frames": 6, "max_tokens": 32}, "losses.caption": 0})
+    result = train(config)
+    assert result["num_videos"] == 8 and 0 <= result["order"] <= 1
+    model = load_run(run_url(config))[1]
+    assert isinstance(model, models.TextConditioned)
+    assert not torch.equal(model.scorer.word_mat_weight, torch.eye(32))
+    assert evaluate_run(apply(config, {"workers.num_workers": 1})) == pytest.approx(result)
+    with pytest.raises(RunError, match=r"model\.scorer=xclip, which scores a video only together with a query"):
+        embed(to_embed(config, tmp_path))
+
+
+def to_embed(config: TrainConfig, folder: Path) -> EmbedConfig:
+    """The run's test split, by one actor."""
+    here = {"output": str(folder / "vectors"), "cache": str(folder / "cache")}
+    return EmbedConfig(run=run_url(config), actors=1, cpus_per_actor=1, use_gpu=False, **here)
 
 
 def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):
