@@ -146,8 +146,14 @@ class TrainConfig(Settings):
             raise ValueError("model.captioner without a loss is never trained: set losses.caption=0.5, or it to null")
         if not self.losses.caption and not self.losses.reads_text:
             raise ValueError("losses.contrastive=0 and losses.caption=0 leave nothing to train")
-        if self.model.scorer and self.losses.frame_contrastive:
+        scorer = self.model.scorer
+        if scorer and self.losses.frame_contrastive:
             raise ValueError("losses.frame_contrastive has no meaning under model.scorer: set it to 0")
+        if scorer and scorer.counts_frames and self.eval.views > 1:
+            raise ValueError(
+                f"eval.views={self.eval.views} of model.num_frames={self.model.num_frames} are more frames than the "
+                f"scorer {scorer.name} is made for: set eval.views=1"
+            )
         if self.eval.select == "order" and not self.eval.twins:
             raise ValueError("eval.select=order needs eval.twins=true")
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:

@@ -24,9 +24,9 @@ def encode_clips(model: Retriever, frames_BFCHW: Tensor, views: int) -> Tensor:
     Each view is a clip of its own to the encoder; the vector is pooled over the frames of all views, which is the
     official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
     """
-    clips = frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1)
-    frames_BFD = model.towers.encode_video(clips).frames_BFD.unflatten(0, (-1, views)).flatten(1, 2)
-    return model.key(VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD))
+    video = model.towers.encode_video(frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1))
+    frames_BFD, alone_BFD = (x.unflatten(0, (-1, views)).flatten(1, 2) for x in (video.frames_BFD, video.alone_BFD))
+    return model.key(VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD, alone_BFD))
 
 
 @torch.no_grad()

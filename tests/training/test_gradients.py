@@ -28,6 +28,11 @@ SIZES = {
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8},
     "text_cfg": {"context_length": 12, "vocab_size": 50, "width": 24, "heads": 2, "layers": 2},
 }
+SCORERS = {
+    "xpool": {"name": "xpool", "heads": 2, "dropout": 0.0},
+    "xclip": {"name": "xclip", "temperature": 0.3},
+    "ts2net": {"name": "ts2net"},
+}
 LENGTHS = [3, 12, 5, 7, 4, 9, 3, 6]
 CONFIG = LossConfig(contrastive=1.0, frame_contrastive=0.25, caption=0.5)
 
@@ -131,15 +136,18 @@ def test_all_gradients_equal_those_of_one_process_with_the_whole_batch(world_siz
     assert_same(run_ranks(world_size, chunks, tmp_path), model, parts)
 
 
-@pytest.mark.parametrize(("world_size", "chunks"), [(1, 1), (1, 4), (3, 1), (3, 3)])
-def test_a_scorers_gradients_are_those_of_the_whole_batch_too(world_size: int, chunks: int, tmp_path: Path):
-    """Seen to fail without the sum over ranks of the scorer's own."""
-    scorer = {"name": "xpool", "heads": 2, "dropout": 0.0}
+@pytest.mark.parametrize(
+    ("name", "world_size", "chunks"),
+    [("xpool", 1, 1), ("xpool", 1, 4), ("xpool", 3, 1), ("xpool", 3, 3), ("xclip", 3, 3), ("ts2net", 3, 3)],
+)
+def test_a_scorers_gradients_are_those_of_the_whole_batch_too(name: str, world_size: int, chunks: int, tmp_path: Path):
+    """Seen to fail without the sum over ranks of the scorer's own. Ranks have captions of different lengths."""
+    scorer = SCORERS[name]
     model = build(scorer)
     assert isinstance(model, models.TextConditioned)
     frames, tokens, weights = batch()
     outputs = model.towers(frames, tokens)
-    scores_BB = outputs.logit_scale * model.scorer(model.query(outputs.text), outputs.video.frames_BFD)
+    scores_BB = outputs.logit_scale * model.scorer(model.query(outputs.text), model.key(outputs.video))
     both = [torch.nn.functional.cross_entropy(s, torch.arange(8)) for s in (scores_BB, scores_BB.T)]
     caption = objective(outputs, tokens, weights)["caption"]
     parts = torch.stack([sum(both) / 2, caption])
