@@ -1,4 +1,4 @@
-"""What every method learns on the moving shapes in equally many steps, over seeds.
+"""What every method learns in equally many steps, over seeds: on the moving shapes, or any other dataset.
 
     python -m benchmarks.learning dataset=URL [folder=FOLDER] [rows=["mean pooling", ...]] [seeds=[0,1,2]]
         [key.path=value of training ...]
@@ -39,6 +39,7 @@ from training.step import accumulate
 from training.train import check_identity, read_result
 
 log = logging.getLogger(__name__)
+METRICS = {"r1": ("R@1", ".1f"), "r5": ("R@5", ".1f"), "order": ("order score", ".3f")}
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, 97.5 %, for 2 to 10 values
 
 
@@ -97,7 +98,7 @@ def main() -> int:
     logs.setup()
     values = parse_overrides(sys.argv[1:])
     if "dataset" not in values:
-        raise ConfigError("no dataset given: python -m benchmarks.learning dataset=URL (built by moving_shapes)")
+        raise ConfigError("no dataset given: python -m benchmarks.learning dataset=URL (built by datasets_prep.build)")
     dataset, folder = values.pop("dataset"), values.pop("folder", "data/bench-learning")
     seeds, names = values.pop("seeds", [0, 1, 2]), rows_of(values.pop("rows", "methods"))
     base = configs.load(TrainConfig, "moving_shapes", [f"data.dataset={dataset}", f"run.storage={folder}"], PRESETS)
@@ -180,16 +181,15 @@ def tested(config: TrainConfig, model: Retriever) -> dict[str, float]:
 
 def table(found: Mapping[tuple[str, int], dict[str, float]], names: Sequence[str], seeds: Sequence[int]) -> str:
     """Markdown: a row per method, mean ± half of Student's 95 % interval over the seeds."""
-    lines = ["| | R@1 | R@5 | order score |", "| --- | --- | --- | --- |"]
+    any_scores = next(iter(found.values()))
+    shown = {key: form for key, form in METRICS.items() if key in any_scores}
+    lines = [f"| | {' | '.join(title for title, _ in shown.values())} |", "| --- |" + " --- |" * len(shown)]
     for name in names:
-        cells = [
-            interval([found[name, seed][key] for seed in seeds], form)
-            for key, form in (("r1", ".1f"), ("r5", ".1f"), ("order", ".3f"))
-        ]
+        cells = [interval([found[name, seed][key] for seed in seeds], form) for key, (_, form) in shown.items()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    chance = metrics.chance(int(next(iter(found.values()))["num_videos"]))
-    lines.append(f"| chance | {chance:.1f} | {5 * chance:.1f} | 0.500 |")
-    lines.append("| order-blind ceiling | | | 0.500 |")
+    chance = metrics.chance(int(any_scores["num_videos"]))
+    of_chance = {"r1": chance, "r5": 5 * chance, "order": 0.5}
+    lines.append(f"| chance | {' | '.join(f'{of_chance[key]:{form}}' for key, (_, form) in shown.items())} |")
     return "\n".join(lines)
 
 
