@@ -144,7 +144,7 @@ def token_weights(config: TrainConfig, model: models.Retriever) -> Tensor:
 
 
 def show(scores: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if not name.startswith("v2t_"))
+    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if "v2t_" not in name)
 
 
 class SampleLog:
