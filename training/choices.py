@@ -37,7 +37,7 @@ class Question(NamedTuple):
 class Choices(NamedTuple):
     """All that the videos of a split are asked; either part may be empty.
 
-    `labels` is the place in `classes` by video id; a class is asked for as each of `templates`, its name in place of {}.
+    `labels`: places in `classes` by video id; a class is asked for as each of `templates`, its name in place of {}.
     """
 
     questions: list[Question]

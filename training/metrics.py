@@ -51,7 +51,7 @@ class Measured(NamedTuple):
 def summary(ranks_Q: Ranks, counts_Q: Counts) -> dict[str, float]:
     """Recalls in percent, the ranks' median and mean, and rsum = R@1 + R@5 + R@10."""
     recalls = {f"r{k}": 100 * float(np.average(ranks_Q <= k, weights=counts_Q)) for k in RECALLS}
-    order = ranks_Q.argsort()
+    order = ranks_Q.argsort(kind="stable")
     total_Q = counts_Q[order].cumsum()
     middle = np.searchsorted(total_Q, [(total_Q[-1] - 1) // 2, total_Q[-1] // 2], side="right")
     median, mean = ranks_Q[order][middle].mean(), np.average(ranks_Q, weights=counts_Q)
