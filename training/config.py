@@ -193,3 +193,30 @@ class TrainConfig(Settings):
         if not self.data.test and not self.data.val:
             raise ValueError("data.val and data.test are both null: nothing could be measured")
         return self
+
+
+class EvaluateConfig(TrainConfig):
+    """A run, and what `training.evaluate` does with it beside `eval`."""
+
+    report: str | None = Field(
+        None, description="folder or s3:// URL for report.json and report.html; null = a new one in RUN/evaluations"
+    )
+    questions: str | None = Field(
+        None, description="file of multiple-choice questions about the split's videos (docs/evaluation.md); null = none"
+    )
+    labels: str | None = Field(
+        None, description="file of the videos' classes, to recognise actions by their names; null = none"
+    )
+    templates: list[str] = Field(
+        ["a video of {}."], description="sentences that ask for a class, its name in place of {}", min_length=1
+    )
+    resamples: PositiveInt = Field(1000, description="draws of the bootstrap over videos")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    examples: NonNegativeInt = Field(4, description="easiest, and hardest, queries shown with frames")
+
+    @field_validator("templates")
+    @classmethod
+    def _check_templates(cls, value: list[str]) -> list[str]:
+        if not all("{}" in template for template in value):
+            raise ValueError("every template needs {} where the name of the class goes")
+        return value

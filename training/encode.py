@@ -4,7 +4,6 @@ Shapes: B videos, T texts, V videos of the split, F frames, D joint width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +16,12 @@ from training.choices import Choices
 from training.collectives import gather_objects, share
 from training.config import EvalConfig
 from training.data.loader import EvalBatch
-from training.metrics import Features, Measured
+from training.metrics import Evaluation, Features
 from training.models import Retriever, VideoOut
-from training.ranking import Ranking, Score, cosines
+from training.ranking import Score, cosines
 
 Tokenize = Callable[[list[str]], Tensor]
 TEXTS = 256  # sentences in a forward pass
-
-
-class Evaluation(NamedTuple):
-    """What is measured of a split, the same on every rank."""
-
-    measured: list[Measured]
-    by_text: Ranking
-    infos: list[SampleInfo]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        values = {name: value for part in self.measured for name, value in part.metrics().items()}
-        return {**values, "num_videos": float(len(self.infos))}
 
 
 def encode_clips(model: Retriever, frames_BFCHW: Tensor, views: int) -> Tensor:

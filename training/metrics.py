@@ -48,6 +48,19 @@ class Measured(NamedTuple):
         return {self.prefix + name: value for name, value in self.table(self.ranks_Q, counts_Q).items()}
 
 
+class Evaluation(NamedTuple):
+    """What is measured of a split, the same on every rank."""
+
+    measured: list[Measured]
+    by_text: Ranking
+    infos: list[SampleInfo]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        values = {name: value for part in self.measured for name, value in part.metrics().items()}
+        return {**values, "num_videos": float(len(self.infos))}
+
+
 def summary(ranks_Q: Ranks, counts_Q: Counts) -> dict[str, float]:
     """Recalls in percent, the ranks' median and mean, and rsum = R@1 + R@5 + R@10."""
     recalls = {f"r{k}": 100 * float(np.average(ranks_Q <= k, weights=counts_Q)) for k in RECALLS}
