@@ -137,8 +137,9 @@ def normalize_pixels(visual: VisionTransformer, frames: Tensor) -> Tensor:
     mean = torch.tensor(getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN, dtype=dtype)
     std = torch.tensor(getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD, dtype=dtype)
     scale, shift = 1 / (255 * std), mean / std
-    device = frames.device
-    return frames.to(dtype) * scale.to(device)[:, None, None] - shift.to(device)[:, None, None]
+    # Without waiting for the device.
+    scale_C11, shift_C11 = (v[:, None, None].to(frames.device, non_blocking=True) for v in (scale, shift))
+    return frames.to(dtype) * scale_C11 - shift_C11
 
 
 def image_size_of(backbone: str) -> int:
