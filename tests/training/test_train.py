@@ -13,15 +13,16 @@ from ray.train import UserCallback
 
 from cluster.local import RayCluster
 from common import config as configs
-from common import storage
+from common import shards, storage
 from common.config import apply, dump
 from common.errors import ConfigError, DataError, RunError, StorageError
 from tests.entry import assert_refused, run
 from tests.faults import commands, kill, wait_until
 from training import models
-from training.config import TrainConfig
+from training.config import EvaluateConfig, TrainConfig
 from training.driver import only_driver
-from training.evaluate import arguments, evaluate_run
+from training.evaluate import arguments, evaluate_runs
+from training.report import shown
 from training.train import scaling, train, with_loaders
 from training.weights import best_url, load_run, run_url
 
@@ -66,11 +67,7 @@ def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
     assert {"train/loss", "train/caption", "val/order", "test/r1"} <= set(tracked.data.metrics)
     assert 0 < tracked.data.metrics["train/cores_needed"] < 100
     assert [step for step, _ in train_losses(tiny)] == [1, 2, 3, 4]
-    # Evaluated alone, its best weights score the same, on any number of workers.
-    saved = configs.load(TrainConfig, storage.join(url, "config.yaml"), ["workers.num_workers=1"])
-    assert evaluate_run(saved) == pytest.approx(result)
-    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
-        evaluate_run(apply(saved, {"data.test": "dev"}))
+    assert_evaluation_repeats(result, url, tmp_path)
     # The same again prints the result and does nothing; another configuration under the name is refused.
     assert train(tiny) == result
     with pytest.raises(RunError, match=r"optim.lr was 0.001, is 0.5.*choose another run.name"):
@@ -79,6 +76,33 @@ def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
     again = run("training.train", storage.join(url, "config.yaml"), "run.name=again", timeout_s=300)
     assert again.code == 0, again.err
     assert json.loads(again.out[again.out.index("{") :])["r5"] == result["r5"]
+
+
+def assert_evaluation_repeats(result: dict[str, float], url: str, folder: Path) -> None:
+    """Evaluated alone, a run's best weights score the same, on any number of workers; the report lies in the run."""
+    (folder / "labels.csv").write_text(
+        "video,label\n"
+        + "".join(f"{video},{'rising' if n % 2 else 'falling'}\n" for n, video in enumerate(tests_of(url)))
+    )
+    keys = [f"labels={folder / 'labels.csv'}", "eval.dsl_temperature=0.05", "eval.batch_size=3", "resamples=20"]
+    saved = configs.load(EvaluateConfig, storage.join(url, "config.yaml"), keys)
+    found, place = evaluate_runs([saved])
+    printed = shown(found)
+    assert {name: printed[name] for name in result} == pytest.approx(result)
+    assert {"dsl_r1", "dsl_v2t_rsum", "action_top1", "action_top5"} <= printed.keys() - result.keys()
+    assert place.startswith(f"{url}/evaluations/test-")
+    assert storage.read(f"{place}/report.html").count(b"data:image/jpeg") == 2 * 4 * 2 * 4
+    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
+        evaluate_runs([apply(saved, {"data.test": "dev"})])
+    with pytest.raises(ConfigError, match="the runs name different test sets"):
+        evaluate_runs([saved, apply(saved, {"data.test": "val"})])
+
+
+def tests_of(url: str) -> list[str]:
+    """The videos of the test split of a run's dataset."""
+    dataset = configs.load(TrainConfig, storage.join(url, "config.yaml")).data.dataset
+    entries = shards.read_dataset(dataset)[0].split("test").shards
+    return [sample.video_id for entry in entries for sample in shards.read_marker(dataset, entry.name).samples]
 
 
 def test_a_stopped_run_goes_on_where_its_checkpoint_is_and_ends_the_same(tiny: TrainConfig, tmp_path: Path):
@@ -208,14 +232,12 @@ def test_a_mistake_that_only_workers_see_is_told_once(tiny: TrainConfig, tmp_pat
 
 
 def test_evaluation_takes_the_weights_of_the_folder_it_is_given(tmp_path: Path):
-    given = arguments([f"{tmp_path}/runs/moved/", "data.test=val"])
+    given = arguments([f"{tmp_path}/runs/moved/", "s3://runs/a/config.yaml", "data.test=val"])
     assert given == [
-        f"{tmp_path}/runs/moved/config.yaml",
-        f"run.storage={tmp_path}/runs",
-        "run.name=moved",
-        "data.test=val",
+        [f"{tmp_path}/runs/moved/config.yaml", f"run.storage={tmp_path}/runs", "run.name=moved", "data.test=val"],
+        ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a", "data.test=val"],
     ]
-    assert arguments(["s3://runs/a/config.yaml"]) == ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a"]
+    assert arguments(["--help"]) == [["--help"]]
     assert_refused(run("training.evaluate", f"{tmp_path}/none"), "none/config.yaml does not exist")
 
 
