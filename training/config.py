@@ -136,6 +136,9 @@ class WorkerConfig(Settings):
     drain_every: PositiveInt = Field(
         10, description="steps between looks whether a node is being taken away; while one is, each look saves"
     )
+    resize_s: PositiveFloat = Field(
+        60.0, description="seconds between looks whether there is room for more ranks; a change is a restart"
+    )
     autoscale: bool = Field(False, description="the cluster grows: wait for resources that it does not have yet")
     start_timeout_s: PositiveInt = Field(600, description="seconds to wait for the workers' resources")
 
@@ -172,8 +175,14 @@ class TrainConfig(Settings):
             raise ValueError("model.captioner without a loss is never trained: set losses.caption=0.5, or it to null")
         if not self.losses.caption and not self.losses.reads_text:
             raise ValueError("losses.contrastive=0 and losses.caption=0 leave nothing to train")
-        if self.model.scorer and self.losses.frame_contrastive:
+        scorer = self.model.scorer
+        if scorer and self.losses.frame_contrastive:
             raise ValueError("losses.frame_contrastive has no meaning under model.scorer: set it to 0")
+        if scorer and scorer.counts_frames and self.eval.views > 1:
+            raise ValueError(
+                f"eval.views={self.eval.views} of model.num_frames={self.model.num_frames} are more frames than the "
+                f"scorer {scorer.name} is made for: set eval.views=1"
+            )
         if self.eval.select == "order" and not self.eval.twins:
             raise ValueError("eval.select=order needs eval.twins=true")
         if self.eval.rerank_top and not self.model.scorer:

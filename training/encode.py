@@ -43,9 +43,9 @@ def encode_clips(model: Retriever, frames_BFCHW: Tensor, views: int) -> Tensor:
 
 
 def _video(model: Retriever, frames_BFCHW: Tensor, views: int) -> VideoOut:
-    clips = frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1)
-    frames_BFD = model.towers.encode_video(clips).frames_BFD.unflatten(0, (-1, views)).flatten(1, 2)
-    return VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD)
+    video = model.towers.encode_video(frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1))
+    frames_BFD, alone_BFD = (x.unflatten(0, (-1, views)).flatten(1, 2) for x in (video.frames_BFD, video.alone_BFD))
+    return VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD, alone_BFD)
 
 
 @torch.no_grad()

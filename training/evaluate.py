@@ -29,6 +29,7 @@ from training.config import PRESETS, EvaluateConfig, TrainConfig
 from training.data import pictures
 from training.data.loader import EvalBatch, check_frames, eval_loader, open_cache
 from training.encode import encode_split, evaluation
+from training.failures import TellFailures, without_traceback
 from training.metrics import Evaluation
 from training.report import Report, RunReport
 from training.train import connect, scaling, with_absolute_paths, with_loaders
@@ -94,7 +95,11 @@ def evaluate_run(config: EvaluateConfig, name: str) -> RunReport:
         _worker,  # type: ignore[arg-type]
         train_loop_config={"config": sized.model_dump(mode="json"), "asked": asked},
         scaling_config=scaling(sized),
-        run_config=RunConfig(name=name, storage_path=storage.join(run_url(sized), "evaluations")),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage.join(run_url(sized), "evaluations"),
+            callbacks=[TellFailures()],  # type: ignore[list-item]
+        ),
     )
     try:
         found, step = trainer.fit().return_value  # type: ignore[attr-defined]
@@ -128,14 +133,15 @@ def _worker(values: dict[str, Any]) -> tuple[Evaluation, int]:
     config = EvaluateConfig.model_validate(values["config"])
     logs.setup(ray.train.get_context().get_world_rank())
     device = get_device()
-    first = None
-    if config.recall is not None:
-        finder, model = _first_stage(config), load_run(config.recall)[1].to(device)
-        first = encode_split(model, _batches(finder), models.tokenize(finder.model), finder.eval.views, device)
-    model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
-    step = load_best(run_url(config), model)["step"]
-    tokenize = models.tokenize(config.model)
-    return evaluation(model, _batches(config), tokenize, config.eval, device, values["asked"], first), step
+    with without_traceback():
+        first = None
+        if config.recall is not None:
+            finder, model = _first_stage(config), load_run(config.recall)[1].to(device)
+            first = encode_split(model, _batches(finder), models.tokenize(finder.model), finder.eval.views, device)
+        model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
+        step = load_best(run_url(config), model)["step"]
+        tokenize = models.tokenize(config.model)
+        return evaluation(model, _batches(config), tokenize, config.eval, device, values["asked"], first), step
 
 
 def _batches(config: TrainConfig) -> Iterable[EvalBatch]:
