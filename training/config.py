@@ -210,6 +210,9 @@ class EvaluateConfig(TrainConfig):
     report: str | None = Field(
         None, description="folder or s3:// URL for report.json and report.html; null = a new one in RUN/evaluations"
     )
+    recall: str | None = Field(
+        None, description="two-tower run whose vectors find the candidates of eval.rerank_top; null = the run's own"
+    )
     questions: str | None = Field(
         None, description="file of multiple-choice questions about the split's videos (docs/evaluation.md); null = none"
     )
@@ -222,6 +225,12 @@ class EvaluateConfig(TrainConfig):
     resamples: PositiveInt = Field(1000, description="draws of the bootstrap over videos")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
     examples: NonNegativeInt = Field(4, description="easiest, and hardest, queries shown with frames")
+
+    @model_validator(mode="after")
+    def _check_recall(self) -> Self:
+        if self.recall and not self.eval.rerank_top:
+            raise ValueError("recall needs eval.rerank_top, how many of what it finds are ranked again")
+        return self
 
     @field_validator("templates")
     @classmethod

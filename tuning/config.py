@@ -11,7 +11,8 @@ from training.config import TrackingConfig
 
 STUDIES = Path(__file__).parent / "studies"
 
-HIGHER_IS_BETTER = ("r1", "r5", "r10", "v2t_r1", "v2t_r5", "v2t_r10", "rsum", "order")
+RECALLS = ("r1", "r5", "r10", "r50", "rsum")
+HIGHER_IS_BETTER = (*RECALLS, *(f"v2t_{name}" for name in RECALLS), "order")
 LOWER_IS_BETTER = ("mdr", "mnr", "v2t_mdr", "v2t_mnr")  # ranks
 METRICS = (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)
 SET_BY_STUDY = ("run", "tracking")
