@@ -19,14 +19,19 @@ from training.models import Retriever, VideoOut
 
 
 def encode_clips(model: Retriever, frames_BFCHW: Tensor, views: int) -> Tensor:
-    """What the model keeps of videos given as `views` clips each, view by view along F: unit vectors BD, or frames.
+    """What the model keeps of videos given as `views` clips each: unit vectors BD, or what its scorer reads."""
+    return model.key(encode_views(model, frames_BFCHW, views))
+
+
+def encode_views(model: Retriever, frames_BFCHW: Tensor, views: int) -> VideoOut:
+    """Videos given as `views` clips each, view by view along F.
 
     Each view is a clip of its own to the encoder; the vector is pooled over the frames of all views, which is the
     official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
     """
     clips = frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1)
     frames_BFD = model.towers.encode_video(clips).frames_BFD.unflatten(0, (-1, views)).flatten(1, 2)
-    return model.key(VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD))
+    return VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD)
 
 
 @torch.no_grad()

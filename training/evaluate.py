@@ -8,7 +8,7 @@ RUN is the run's folder (STORAGE/NAME); its config.yaml is the preset, and data.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -28,6 +28,16 @@ from training.weights import run_url
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
     """Test metrics of the run that `config` names. Raises RunError, DataError as one sentence."""
+    scores: dict[str, float] = on_workers(config, _worker, "evaluations")
+    return scores
+
+
+def on_workers(config: TrainConfig, worker: Callable[[dict[str, Any]], Any], folder: str) -> Any:
+    """What `worker` gives on rank 0 for data.test, over all workers; Ray's own files go to a folder of the run's.
+
+    Raises:
+        ConfigError, RunError, DataError: as one sentence.
+    """
     config = with_loaders(with_absolute_paths(config))
     if config.data.test is None:
         raise ConfigError("data.test is null: give data.test=SPLIT")
@@ -35,16 +45,15 @@ def evaluate_run(config: TrainConfig) -> dict[str, float]:
     check_frames(config, config.data.dataset, dataset, config.data.test, config.eval.views)
     name = f"{config.data.test}-{time.strftime('%Y%m%d-%H%M%S')}"
     trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]
+        worker,
         train_loop_config=config.model_dump(mode="json"),
         scaling_config=scaling(config),
-        run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), "evaluations")),
+        run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), folder)),
     )
     try:
-        result: dict[str, float] = trainer.fit().return_value  # type: ignore[attr-defined]
+        return trainer.fit().return_value  # type: ignore[attr-defined]
     except Exception as error:
         raise (told(error) or error) from None
-    return result
 
 
 def _worker(values: dict[str, Any]) -> dict[str, float]:
