@@ -33,7 +33,10 @@ li { background: var(--card); border: 1px solid var(--line); border-radius: 10px
 .bar i { display: block; height: 100%; background: var(--accent) }
 .strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 4px }
 .strip img { width: 100%; max-width: 160px; display: block; border-radius: 4px; background: #888 }
+.was { color: var(--soft); font-size: 13px; white-space: nowrap; font-variant-numeric: tabular-nums }
 .captions { margin: 10px 0 0 }
+.generated { margin: 10px 0 0; font-weight: 600 }
+.generated small { color: var(--soft); font-weight: 400 }
 .captions small { color: var(--soft) }
 footer { border-top: 1px solid var(--line); padding-top: 12px }
 """
@@ -54,8 +57,19 @@ def _jpeg(image: Image.Image) -> bytes:
 
 def render(result: Result, images: list[list[bytes]]) -> str:
     """The page for a result; `images` holds each hit's JPEGs, in the order of the hits."""
-    items = "\n".join(_item(hit, jpegs) for hit, jpegs in zip(result.hits, images, strict=True))
+    items = "\n".join(
+        _item(hit, jpegs, result.rerank is not None) for hit, jpegs in zip(result.hits, images, strict=True)
+    )
     query = html.escape(result.query)
+    second = result.rerank
+    score, scored = "cosine similarity of query and video", ""
+    if second:
+        score = f"that of {html.escape(second.scorer)}, which reads query and video together"
+        scored = f", ordered by {html.escape(second.scorer)} among the best {second.videos:,} of the index"
+    captions = " Bold: a model's own words." if result.captions else ""
+    sources = {"Run": result.run, "dataset": result.dataset, "index": result.index, "captions": result.captions}
+    sources |= {"re-ranking run": second.run, "features": second.features} if second else {}
+    made_from = " · ".join(f"{name} {html.escape(url)}" for name, url in sources.items() if url)
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -64,21 +78,21 @@ def render(result: Result, images: list[list[bytes]]) -> str:
 <style>{CSS}</style>
 <header>
 <h1>“{query}”</h1>
-<p>The best {len(result.hits)} of {result.videos:,} videos in the split {html.escape(result.split)}</p>
+<p>The best {len(result.hits)} of {result.videos:,} videos in the split {html.escape(result.split)}{scored}</p>
 </header>
 <ol>
 {items}
 </ol>
 <footer>
-<p>Score: cosine similarity of query and video. Frames: evenly spaced in time, left to right; the centre square.
-Captions: the data's own, not seen by the search.</p>
-<p>Run {html.escape(result.run)} · dataset {html.escape(result.dataset)} · index {html.escape(result.index)}</p>
+<p>Score: {score}. Frames: evenly spaced in time, left to right; the centre square.
+Captions: the data's own, not seen by the search.{captions}</p>
+<p>{made_from}</p>
 </footer>
 </html>
 """
 
 
-def _item(hit: Hit, jpegs: list[bytes]) -> str:
+def _item(hit: Hit, jpegs: list[bytes], is_reranked: bool) -> str:
     images = "".join(
         f'<img alt="frame {n} of {len(jpegs)}" src="data:image/jpeg;base64,{b64encode(jpeg).decode()}">'
         for n, jpeg in enumerate(jpegs, 1)
@@ -86,10 +100,12 @@ def _item(hit: Hit, jpegs: list[bytes]) -> str:
     shown = "<br>".join(html.escape(caption) for caption in hit.captions[:CAPTIONS])
     more = len(hit.captions) - CAPTIONS
     hidden = f" <small>and {more} more</small>" if more > 0 else ""
+    was = f'<span class="was">index: {hit.index_rank}, {hit.index_score:.3f}</span>\n' if is_reranked else ""
+    says = "" if hit.generated is None else f'<p class="generated">{html.escape(hit.generated)}</p>\n'
     return f"""<li>
 <div class="head"><span class="rank">{hit.rank}</span><span class="id">{html.escape(hit.video_id)}</span>
-<span class="bar"><i style="width:{100 * max(hit.score, 0):.1f}%"></i></span>
+{was}<span class="bar"><i style="width:{100 * max(hit.score, 0):.1f}%"></i></span>
 <span class="score">{hit.score:.3f}</span></div>
 <div class="strip">{images}</div>
-<p class="captions">{shown}{hidden}</p>
+{says}<p class="captions">{shown}{hidden}</p>
 </li>"""

@@ -45,11 +45,11 @@ def beam_search(next_token: NextToken, starts_B: Tensor, end: int, config: Capti
     `config.max_tokens` a sentence has to end, so every score is that of a whole sentence under the model.
     """
     tokens_BWL = starts_B[:, None, None]
-    sums_BW = torch.zeros(tokens_BWL.shape[:2], device=starts_B.device, dtype=torch.float64)
+    sums_BW = torch.zeros(tokens_BWL.shape[:2], device=starts_B.device)
     lengths_BW = torch.zeros_like(sums_BW)
     is_over_BW = torch.zeros_like(sums_BW, dtype=torch.bool)
     for number in range(1, config.max_tokens):
-        logs_BWV = next_token(tokens_BWL).double()
+        logs_BWV = next_token(tokens_BWL)
         ends_V = torch.arange(logs_BWV.shape[-1], device=logs_BWV.device) == end
         if number == config.max_tokens - 1:
             logs_BWV = logs_BWV.masked_fill(~ends_V, -torch.inf)

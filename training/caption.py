@@ -8,7 +8,6 @@ CIDEr-D against the data's own captions. Next: python -m retrieval.search "a sen
 """
 
 import json
-import logging
 import sys
 from typing import Any
 
@@ -30,7 +29,6 @@ from training.evaluate import arguments, on_workers
 from training.train import connect
 from training.weights import load_best, run_url, weights_sha256
 
-log = logging.getLogger(__name__)
 Line = dict[str, Any]  # video_id, caption, score
 
 
@@ -38,12 +36,13 @@ def caption_run(config: CaptionRun) -> dict[str, Any]:
     """Write the captions and their metrics; returns the metrics. Raises RunError, DataError as one sentence."""
     configs.refuse_relative_in_job(config, "captions.output")
     run, split = run_url(config), config.data.test
-    output = config.captions.output or storage.join(run, "captions", f"{split}.jsonl")
-    lines, references = on_workers(config, _worker, "captions")
+    output = storage.absolute(config.captions.output or storage.join(run, "captions", f"{split}.jsonl"))
+    storage.check_writable(output.rpartition("/")[0])
+    lines, references = on_workers(config, _worker)
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     storage.publish_bytes(content.encode(), output)
     result = {
-        "captions": storage.absolute(output),
+        "captions": output,
         "run": run,
         "weights_sha256": weights_sha256(run),
         "dataset": storage.absolute(config.data.dataset),

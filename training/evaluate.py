@@ -28,12 +28,12 @@ from training.weights import run_url
 
 def evaluate_run(config: TrainConfig) -> dict[str, float]:
     """Test metrics of the run that `config` names. Raises RunError, DataError as one sentence."""
-    scores: dict[str, float] = on_workers(config, _worker, "evaluations")
+    scores: dict[str, float] = on_workers(config, _worker)
     return scores
 
 
-def on_workers(config: TrainConfig, worker: Callable[[dict[str, Any]], Any], folder: str) -> Any:
-    """What `worker` gives on rank 0 for data.test, over all workers; Ray's own files go to a folder of the run's.
+def on_workers(config: TrainConfig, worker: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `worker` gives on rank 0 for the split data.test, over all workers.
 
     Raises:
         ConfigError, RunError, DataError: as one sentence.
@@ -48,7 +48,7 @@ def on_workers(config: TrainConfig, worker: Callable[[dict[str, Any]], Any], fol
         worker,
         train_loop_config=config.model_dump(mode="json"),
         scaling_config=scaling(config),
-        run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), folder)),
+        run_config=RunConfig(name=name, storage_path=storage.join(run_url(config), "evaluations")),
     )
     try:
         return trainer.fit().return_value  # type: ignore[attr-defined]
