@@ -35,8 +35,8 @@ li { background: var(--card); border: 1px solid var(--line); border-radius: 10px
 .strip img { width: 100%; max-width: 160px; display: block; border-radius: 4px; background: #888 }
 .was { color: var(--soft); font-size: 13px; white-space: nowrap; font-variant-numeric: tabular-nums }
 .captions { margin: 10px 0 0 }
-.generated { margin: 10px 0 0; font-weight: 600 }
-.generated small { color: var(--soft); font-weight: 400 }
+.generated { margin: 10px 0 -4px }
+.generated small { display: inline-block; min-width: 3.6em; color: var(--soft) }
 .captions small { color: var(--soft) }
 footer { border-top: 1px solid var(--line); padding-top: 12px }
 """
@@ -66,7 +66,7 @@ def render(result: Result, images: list[list[bytes]]) -> str:
     if second:
         score = f"that of {html.escape(second.scorer)}, which reads query and video together"
         scored = f", ordered by {html.escape(second.scorer)} among the best {second.videos:,} of the index"
-    captions = " Bold: a model's own words." if result.captions else ""
+    captions = " Beside “model”: what a caption head wrote." if result.captions else ""
     sources = {"Run": result.run, "dataset": result.dataset, "index": result.index, "captions": result.captions}
     sources |= {"re-ranking run": second.run, "features": second.features} if second else {}
     made_from = " · ".join(f"{name} {html.escape(url)}" for name, url in sources.items() if url)
@@ -100,8 +100,10 @@ def _item(hit: Hit, jpegs: list[bytes], is_reranked: bool) -> str:
     shown = "<br>".join(html.escape(caption) for caption in hit.captions[:CAPTIONS])
     more = len(hit.captions) - CAPTIONS
     hidden = f" <small>and {more} more</small>" if more > 0 else ""
-    was = f'<span class="was">index: {hit.index_rank}, {hit.index_score:.3f}</span>\n' if is_reranked else ""
-    says = "" if hit.generated is None else f'<p class="generated">{html.escape(hit.generated)}</p>\n'
+    was = f'<span class="was">index: rank {hit.index_rank}, {hit.index_score:.3f}</span>\n' if is_reranked else ""
+    says = (
+        "" if hit.generated is None else f'<p class="generated"><small>model</small>{html.escape(hit.generated)}</p>\n'
+    )
     return f"""<li>
 <div class="head"><span class="rank">{hit.rank}</span><span class="id">{html.escape(hit.video_id)}</span>
 {was}<span class="bar"><i style="width:{100 * max(hit.score, 0):.1f}%"></i></span>

@@ -1,4 +1,4 @@
-"""The contract between embed and index: what a folder of vectors looks like.
+"""The contract between embed and index: what a folder of vectors looks like; retrieval/features.py has the other kind.
 
 OUTPUT/source.json             what the vectors are made from; written first, once
 OUTPUT/part-000000.parquet     one per shard, published whole; its metadata repeats the source

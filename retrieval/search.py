@@ -113,7 +113,7 @@ def _hits(index: Index, vector_1D: NDArray[np.float32], k: int) -> list[Hit]:
 
 def with_captions(url: str, hits: list[Hit]) -> list[Hit]:
     """The hits with what training.caption wrote of them. Raises DataError if it wrote nothing of one."""
-    missing = {hit.video_id for hit in hits}
+    wanted = {hit.video_id for hit in hits}
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "captions.jsonl"
@@ -122,7 +122,7 @@ def with_captions(url: str, hits: list[Hit]) -> list[Hit]:
             for number, text in enumerate(file, 1):
                 try:
                     line = json.loads(text)
-                    if line["video_id"] in missing:
+                    if line["video_id"] in wanted:
                         found[line["video_id"]] = str(line["caption"])
                 except (ValueError, KeyError, TypeError):
                     raise DataError(f"captions={url}, line {number}: not what training.caption writes") from None

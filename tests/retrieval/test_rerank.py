@@ -205,14 +205,14 @@ def test_the_contact_sheet_says_what_a_model_said_and_who_scored(index: str, fea
     shown = {"index": index, "query": "x", "k": 3, "contact_sheet": str(page), "frames": 1}
     found = search(SearchConfig(**shown, rerank=features, captions=captions))
     text = page.read_text()
-    generated = re.findall(r'class="generated">([^\n]*)</p>', text)
+    generated = re.findall(r'class="generated"><small>model</small>([^\n]*)</p>', text)
     assert generated == [f"it&#x27;s &lt;b&gt;{int(hit.video_id[-3:])}&lt;/b&gt;" for hit in found.hits]
-    assert re.findall(r"index: (\d), ", text) == [str(hit.index_rank) for hit in found.hits]
+    assert re.findall(r"index: rank (\d), ", text) == [str(hit.index_rank) for hit in found.hits]
     assert "ordered by xpool" in text and features in text and captions in text
     assert [hit.generated for hit in found.hits] == [f"it's <b>{int(hit.video_id[-3:])}</b>" for hit in found.hits]
     assert found.captions == captions
     search(SearchConfig(**shown))
-    assert "generated" not in page.read_text().split("</style>")[1] and "index: " not in page.read_text()
+    assert "generated" not in page.read_text().split("</style>")[1] and "index: rank" not in page.read_text()
 
 
 def test_captions_of_other_videos_are_refused(index: str, tmp_path: Path) -> None:
