@@ -9,6 +9,7 @@ CIDEr-D against the data's own captions. Next: python -m retrieval.search "a sen
 
 import json
 import sys
+import time
 from typing import Any
 
 import ray
@@ -17,15 +18,16 @@ from ray.train.torch import get_device
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import exit_with
+from common.errors import ConfigError, exit_with
 from training import models
 from training.beam_search import write
 from training.caption_metrics import caption_metrics
-from training.collectives import gather_objects
+from training.collectives import gather_objects, rank, world_size
 from training.config import PRESETS, CaptionRun
 from training.data.loader import eval_loader, open_cache
 from training.encode import encode_views
 from training.evaluate import arguments, on_workers
+from training.failures import without_traceback
 from training.train import connect
 from training.weights import load_best, run_url, weights_sha256
 
@@ -38,7 +40,7 @@ def caption_run(config: CaptionRun) -> dict[str, Any]:
     run, split = run_url(config), config.data.test
     output = storage.absolute(config.captions.output or storage.join(run, "captions", f"{split}.jsonl"))
     storage.check_writable(output.rpartition("/")[0])
-    lines, references = on_workers(config, _worker)
+    lines, references = on_workers(config, _worker, f"captions-{split}-{time.strftime('%Y%m%d-%H%M%S')}")
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     storage.publish_bytes(content.encode(), output)
     result = {
@@ -60,31 +62,40 @@ def caption_run(config: CaptionRun) -> dict[str, Any]:
 
 def _worker(values: dict[str, Any]) -> tuple[list[Line], list[list[str]]]:
     """All ranks' captions in the order of the video ids, and the data's own."""
-    config = CaptionRun.model_validate(values)
-    context = ray.train.get_context()
-    logs.setup(context.get_world_rank())
+    config = CaptionRun.model_validate(values["config"])
+    logs.setup(ray.train.get_context().get_world_rank())
+    with without_traceback():
+        parts = gather_objects(_written(config))
+    everything = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0]["video_id"])
+    return [line for line, _ in everything], [sentences for _, sentences in everything]
+
+
+def _written(config: CaptionRun) -> list[tuple[Line, list[str]]]:
+    """What this rank writes, and the data's own captions of the same videos."""
     device = get_device()
     model = models.build(config.model.model_copy(update={"pretrained": None})).to(device).eval()
     load_best(run_url(config), model)
     dataset, sha256 = shards.read_dataset(config.data.dataset)
     assert config.data.test is not None
-    cache, ranks = open_cache(config, sha256), (context.get_world_rank(), context.get_world_size())
-    start, end = models.tokenize(config.model)([""])[0].tolist()
+    batches = eval_loader(config, dataset, open_cache(config, sha256), config.data.test, rank(), world_size())
+    start, end = models.tokenizer(config.model.backbone, 2)([""])[0].tolist()
     detokenize = models.detokenizer(config.model.backbone)
-    written: list[tuple[Line, list[str]]] = []
-    for batch in eval_loader(config, dataset, cache, config.data.test, *ranks):
+    written = []
+    for batch in batches:
         with torch.inference_mode():
             video = encode_views(model, batch.frames_BFCHW.to(device, non_blocking=True), config.eval.views)
         sentences, scores = write(model.towers, video.frames_BFD, start, end, config.captions)
         for info, ids, score in zip(batch.videos, sentences, scores, strict=True):
             line = {"video_id": info.video_id, "caption": detokenize(ids), "score": score}
             written.append((line, [caption.text for caption in info.captions]))
-    everything = sorted((pair for part in gather_objects(written) for pair in part), key=lambda p: p[0]["video_id"])
-    return [line for line, _ in everything], [sentences for _, sentences in everything]
+    return written
 
 
 def main() -> int:
-    config = configs.from_command_line(CaptionRun, PRESETS, "training.caption", arguments(sys.argv[1:]))
+    given = arguments(sys.argv[1:])
+    if len(given) > 1:
+        raise ConfigError(f"{len(given)} runs given: captions are written by one at a time")
+    config = configs.from_command_line(CaptionRun, PRESETS, "training.caption", given[0])
     logs.setup()
     connect()
     print(json.dumps(caption_run(config), indent=2))

@@ -98,8 +98,8 @@ def build_clip(backbone: str, pretrained: str | None) -> open_clip.CLIP:
 
 
 @functools.lru_cache(maxsize=8)
-def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
-    """A function from sentences to int64 ids TL, padded with zeros to the longest of them.
+def tokenizer(backbone: str, max_tokens: int, is_padded: bool = False) -> Callable[[list[str]], Tensor]:
+    """A function from sentences to int64 ids TL, padded with zeros to the longest of them, or to `max_tokens`.
 
     Start and end tokens are included; a longer sentence is cut to `max_tokens`, its end token kept.
     """
@@ -107,7 +107,7 @@ def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens_TL = encode(texts)
-        return tokens_TL[:, : int(lengths(tokens_TL).max())]
+        return tokens_TL if is_padded else tokens_TL[:, : int(lengths(tokens_TL).max())]
 
     return tokenize
 
@@ -151,8 +151,9 @@ def normalize_pixels(visual: VisionTransformer, frames: Tensor) -> Tensor:
     mean = torch.tensor(getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN, dtype=dtype)
     std = torch.tensor(getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD, dtype=dtype)
     scale, shift = 1 / (255 * std), mean / std
-    device = frames.device
-    return frames.to(dtype) * scale.to(device)[:, None, None] - shift.to(device)[:, None, None]
+    # Without waiting for the device.
+    scale_C11, shift_C11 = (v[:, None, None].to(frames.device, non_blocking=True) for v in (scale, shift))
+    return frames.to(dtype) * scale_C11 - shift_C11
 
 
 def image_size_of(backbone: str) -> int:
