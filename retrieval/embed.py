@@ -16,7 +16,7 @@ import ray
 import ray.exceptions
 
 from common import logs, shards, storage
-from common.config import from_command_line, refuse_relative_in_job
+from common.config import apply, from_command_line, refuse_relative_in_job
 from common.errors import ConfigError, RunError, exit_with, told
 from common.shards import ShardEntry
 from retrieval.config import PRESETS, EmbedConfig
@@ -66,6 +66,7 @@ def _source(config: EmbedConfig) -> tuple[Source, list[ShardEntry]]:
     url = storage.absolute(config.dataset or run_config.data.dataset)
     dataset, dataset_sha256 = shards.read_dataset(url)
     views = config.views or run_config.eval.views
+    apply(run_config, {"eval.views": views})  # not every scorer takes more frames than it was trained with
     check_frames(run_config, url, dataset, config.split, views)
     source = Source(
         run=config.run,

@@ -11,7 +11,7 @@ import ray
 import torch
 
 from common import storage
-from common.errors import DataError, RunError, StorageError
+from common.errors import ConfigError, DataError, RunError, StorageError
 from common.shards import DatasetIndex, SplitIndex
 from retrieval.config import IndexConfig, SearchConfig
 from retrieval.embed import embed
@@ -55,20 +55,24 @@ def scores(run: str, dataset: Path, hits: list[Hit], query: str) -> dict[str, fl
     return dict(zip((hit.video_id for hit in hits), scores_V.tolist(), strict=True))
 
 
-@pytest.mark.parametrize("query", QUERIES)
-def test_with_all_videos_the_order_is_the_scorers_own(
-    query: str, index: str, features: str, scorer: str, dataset: Path
-) -> None:
+@pytest.mark.parametrize("name", models.SCORERS)
+def test_with_all_videos_the_order_is_the_scorers_own(name: str, index: str, dataset: Path, tmp_path: Path) -> None:
     """Seen to fail where a video gets another one's row."""
-    first = search(SearchConfig(index=index, query=query, k=8))
-    found = search(SearchConfig(index=index, query=query, k=8, rerank=features))
-    expected = scores(scorer, dataset, first.hits, query)
-    assert [hit.video_id for hit in found.hits] == sorted(expected, key=lambda video: -expected[video])
-    assert [hit.video_id for hit in found.hits] != [hit.video_id for hit in first.hits]
-    np.testing.assert_allclose([hit.score for hit in found.hits], sorted(expected.values(), reverse=True), atol=1e-5)
-    assert (first.scored_by, found.scored_by) == ("index", "rerank")
-    assert first.rerank is None and found.rerank is not None
-    assert found.rerank.model_dump() == {"features": features, "run": scorer, "scorer": "xpool", "videos": 8}
+    run = write_run(tmp_path, name, dataset, seed=5, scorer={"name": name}, views=1 if name == "xclip" else 2)
+    features = settings(run, tmp_path)
+    embed_here(features)
+    for query in QUERIES:
+        first = search(SearchConfig(index=index, query=query, k=8))
+        found = search(SearchConfig(index=index, query=query, k=8, rerank=features.output))
+        expected = scores(run, dataset, first.hits, query)
+        assert [hit.video_id for hit in found.hits] == sorted(expected, key=lambda video: -expected[video])
+        np.testing.assert_allclose(
+            [hit.score for hit in found.hits], sorted(expected.values(), reverse=True), atol=1e-5
+        )
+        assert [hit.video_id for hit in found.hits] != [hit.video_id for hit in first.hits]
+        assert (first.scored_by, found.scored_by) == ("index", "rerank")
+        assert first.rerank is None and found.rerank is not None
+        assert found.rerank.model_dump() == {"features": features.output, "run": run, "scorer": name, "videos": 8}
 
 
 def test_only_what_the_index_finds_is_ordered_and_read(
@@ -171,6 +175,12 @@ def test_features_are_no_index_and_vectors_no_features(
         search(SearchConfig(index=index, query="x", rerank=str(tmp_path)))
     with pytest.raises(RunError, match=r"holds vectors of run .* with another weights_sha256, kind, shape"):
         embed_here(settings(scorer, tmp_path, output=vectors))
+
+
+def test_more_frames_than_the_scorer_is_made_for_are_refused(dataset: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, "xclip", dataset, scorer={"name": "xclip"}, views=1)
+    with pytest.raises(ConfigError, match=r"eval.views=3 .* are more frames than the scorer xclip is made for"):
+        embed_here(settings(run, tmp_path, views=3))
 
 
 def test_features_of_other_data_or_weights_are_refused(
