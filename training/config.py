@@ -204,6 +204,34 @@ class TrainConfig(Settings):
         return self
 
 
+class CaptionConfig(Settings):
+    """How captions are written."""
+
+    beams: PositiveInt = Field(5, description="hypotheses kept of each caption while it is written; 1 = greedy")
+    max_tokens: int = Field(30, ge=3, description="longest caption, in tokens with start and end")
+    length_penalty: float = Field(
+        1.0, ge=0, description="hypotheses compete by log-probability / tokens ** this: 1 = mean of a token, 0 = sum"
+    )
+    output: str | None = Field(None, description=".jsonl file or URL for the captions; null = RUN/captions/SPLIT.jsonl")
+
+
+class CaptionRun(TrainConfig):
+    """A finished run whose caption head writes."""
+
+    captions: CaptionConfig = CaptionConfig()
+
+    @model_validator(mode="after")
+    def _check_captioner(self) -> Self:
+        if self.model.captioner is None:
+            raise ValueError(
+                f"run {self.run.name} was trained with model.captioner=null, so it can't write captions: give a run "
+                "with model.captioner and losses.caption"
+            )
+        if self.data.test is None:
+            raise ValueError("data.test=null names no split to write captions for: give data.test=SPLIT")
+        return self
+
+
 class EvaluateConfig(TrainConfig):
     """A run, and what `training.evaluate` does with it beside `eval`."""
 

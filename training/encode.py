@@ -34,15 +34,16 @@ class Split(NamedTuple):
 
 
 def encode_clips(model: Retriever, frames_BFCHW: Tensor, views: int) -> Tensor:
-    """What the model keeps of videos given as `views` clips each, view by view along F: unit vectors BD, or frames.
+    """What the model keeps of videos given as `views` clips each: unit vectors BD, or what its scorer reads."""
+    return model.key(encode_views(model, frames_BFCHW, views))
+
+
+def encode_views(model: Retriever, frames_BFCHW: Tensor, views: int) -> VideoOut:
+    """Videos given as `views` clips each, view by view along F.
 
     Each view is a clip of its own to the encoder; the vector is pooled over the frames of all views, which is the
     official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
     """
-    return model.key(_video(model, frames_BFCHW, views))
-
-
-def _video(model: Retriever, frames_BFCHW: Tensor, views: int) -> VideoOut:
     video = model.towers.encode_video(frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1))
     frames_BFD, alone_BFD = (x.unflatten(0, (-1, views)).flatten(1, 2) for x in (video.frames_BFD, video.alone_BFD))
     return VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD, alone_BFD)
@@ -96,7 +97,7 @@ def encode_split(
     """The videos of all ranks, each once, and their captions, by a model in evaluation mode. A collective."""
     parts, infos = [], []
     for batch in batches:
-        video = _video(model, batch.frames_BFCHW.to(device, non_blocking=True), views)
+        video = encode_views(model, batch.frames_BFCHW.to(device, non_blocking=True), views)
         parts.append(_kept(model, model.key(video), video.vector_BD))
         infos.extend(batch.videos)
     infos = [info for part in gather_objects(infos) for info in part]

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -37,6 +37,7 @@ from training.weights import load_best, load_config, load_run, run_url
 
 log = logging.getLogger(__name__)
 FRAMES = 4  # of an example's video
+Worker = Callable[[dict[str, Any]], Any]
 
 
 def evaluate_runs(given: Sequence[EvaluateConfig]) -> tuple[Report, str]:
@@ -86,14 +87,31 @@ def evaluate_run(config: EvaluateConfig, name: str) -> RunReport:
     """What is measured of one run; Ray's own files go to `name` in the run's evaluations."""
     if config.recall is not None:
         config = configs.apply(config, {"recall": storage.absolute(config.recall)})
+    dataset, _ = shards.read_dataset(storage.absolute(config.data.dataset))
+    if config.recall is not None:
+        first = _first_stage(config)
+        check_frames(first, config.data.dataset, dataset, str(config.data.test), first.eval.views)
+    asked = _asked(config, dataset.split(str(config.data.test)))
+    found, step = on_workers(config, _worker, name, asked=asked)
+    return report.of_run(config, run_url(config), step, found)
+
+
+def on_workers(config: TrainConfig, worker: Worker, name: str, **settings: Any) -> Any:
+    """What `worker` gives on rank 0 of all workers for the split data.test.
+
+    Args:
+        worker: called with {"config": `config` as plain data, **settings}.
+        name: of the folder for Ray's own files in the run's evaluations.
+
+    Raises:
+        ConfigError, DataError, RunError: as one sentence.
+    """
     sized = with_loaders(with_absolute_paths(config))
     dataset, _ = shards.read_dataset(sized.data.dataset)
-    for read in (sized, *([_first_stage(config)] if config.recall else [])):
-        check_frames(read, sized.data.dataset, dataset, str(sized.data.test), read.eval.views)
-    asked = _asked(config, dataset.split(str(sized.data.test)))
+    check_frames(sized, sized.data.dataset, dataset, str(sized.data.test), sized.eval.views)
     trainer = TorchTrainer(
-        _worker,  # type: ignore[arg-type]
-        train_loop_config={"config": sized.model_dump(mode="json"), "asked": asked},
+        worker,
+        train_loop_config={"config": sized.model_dump(mode="json"), **settings},
         scaling_config=scaling(sized),
         run_config=RunConfig(
             name=name,
@@ -102,10 +120,9 @@ def evaluate_run(config: EvaluateConfig, name: str) -> RunReport:
         ),
     )
     try:
-        found, step = trainer.fit().return_value  # type: ignore[attr-defined]
+        return trainer.fit().return_value  # type: ignore[attr-defined]
     except Exception as error:
         raise (told(error) or error) from None
-    return report.of_run(config, run_url(sized), step, found)
 
 
 def _first_stage(config: EvaluateConfig) -> TrainConfig:
@@ -137,14 +154,14 @@ def _worker(values: dict[str, Any]) -> tuple[Evaluation, int]:
         first = None
         if config.recall is not None:
             finder, model = _first_stage(config), load_run(config.recall)[1].to(device)
-            first = encode_split(model, _batches(finder), models.tokenize(finder.model), finder.eval.views, device)
+            first = encode_split(model, split_batches(finder), models.tokenize(finder.model), finder.eval.views, device)
         model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
         step = load_best(run_url(config), model)["step"]
         tokenize = models.tokenize(config.model)
-        return evaluation(model, _batches(config), tokenize, config.eval, device, values["asked"], first), step
+        return evaluation(model, split_batches(config), tokenize, config.eval, device, values["asked"], first), step
 
 
-def _batches(config: TrainConfig) -> Iterable[EvalBatch]:
+def split_batches(config: TrainConfig) -> Iterable[EvalBatch]:
     """This rank's videos of the split."""
     context = ray.train.get_context()
     dataset, sha256 = retry.again(lambda: shards.read_dataset(config.data.dataset))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from training.model_config import ModelConfig
-from training.models.clip import image_size_of, open_clip, tokenizer
+from training.models.clip import detokenizer, image_size_of, open_clip, tokenizer
 from training.models.clip_vip import ClipVip
 from training.models.mean_pool import MeanPool
 from training.models.prompt_switch import PromptSwitch
@@ -19,7 +19,7 @@ from training.models.xclip import XClip
 from training.models.xpool import XPool
 
 __all__ = ["MODELS", "SCORERS", "Outputs", "Retriever", "TextConditioned", "TextOut", "TwoTower", "VideoOut"]
-__all__ += ["build", "image_size_of", "tokenize"]
+__all__ += ["build", "detokenizer", "image_size_of", "tokenize"]
 
 Retriever = TwoTower | TextConditioned
 

@@ -9,10 +9,12 @@ import functools
 import gzip
 import importlib.util
 import logging
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +103,24 @@ def tokenizer(backbone: str, max_tokens: int, is_padded: bool = False) -> Callab
 
     Start and end tokens are included; a longer sentence is cut to `max_tokens`, its end token kept.
     """
+    encode = _tokenizer(backbone, max_tokens)
+
+    def tokenize(texts: list[str]) -> Tensor:
+        tokens_TL = encode(texts)
+        return tokens_TL if is_padded else tokens_TL[:, : int(lengths(tokens_TL).max())]
+
+    return tokenize
+
+
+def detokenizer(backbone: str) -> Callable[[list[int]], str]:
+    """A function from ids, without start and end, to the sentence, in lower case as CLIP's vocabulary has it."""
+    decode = _tokenizer(backbone, 77).decode
+    # What the tokenizer takes apart: "it 's", "1 0".
+    return lambda ids: re.sub(r" (?=[.,:;!?'])|(?<=\d) (?=\d)", "", decode(ids)).strip()
+
+
+def _tokenizer(backbone: str, max_tokens: int) -> Any:
+    """open_clip's own, over as much of the vocabulary as the backbone has."""
     name = _register(backbone)
     config = open_clip.get_model_config(name)
     assert config is not None
@@ -108,13 +128,7 @@ def tokenizer(backbone: str, max_tokens: int, is_padded: bool = False) -> Callab
     with tempfile.TemporaryDirectory() as folder:
         size = config["text_cfg"].get("vocab_size", FULL_VOCABULARY)
         smaller = {"bpe_path": _first_merges(Path(folder), size)} if size < FULL_VOCABULARY else {}
-        encode = open_clip.get_tokenizer(name, context_length=context, **smaller)
-
-    def tokenize(texts: list[str]) -> Tensor:
-        tokens_TL = encode(texts)
-        return tokens_TL if is_padded else tokens_TL[:, : int(lengths(tokens_TL).max())]
-
-    return tokenize
+        return open_clip.get_tokenizer(name, context_length=context, **smaller)
 
 
 def frequent_ids(backbone: str, words: Sequence[str]) -> list[int]:
