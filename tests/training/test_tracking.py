@@ -9,9 +9,9 @@ import mlflow
 import pytest
 
 from common import storage
-from common.errors import StorageError
+from common.errors import DataError, StorageError
 from training import tracking
-from training.checkpoint import _upload, _within
+from training.checkpoint import _read, _upload, _within
 
 MetricLog: Any = tracking.MetricLog.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # without its actor
 
@@ -74,3 +74,10 @@ def test_a_checkpoints_upload_has_a_deadline(monkeypatch: pytest.MonkeyPatch):
     checkpoint: Any = SimpleNamespace(path="nowhere")
     with pytest.raises(StorageError, match=r"the upload of s3://x/checkpoint_7 did not end within"):
         _upload("s3://x", 0.2, checkpoint, "checkpoint_7")
+
+
+def test_half_a_checkpoint_is_not_whole(tmp_path: Path):
+    """Seen to fail where the sum is not asked for."""
+    storage.publish_bytes(b"", f"{tmp_path}/checkpoint_7/state.pt")
+    with pytest.raises(DataError, match="checkpoint checkpoint_7 is not whole"):
+        _read(str(tmp_path), "checkpoint_7")
