@@ -93,6 +93,8 @@ def assert_evaluation_repeats(result: dict[str, float], tiny: TrainConfig, folde
     given = validate(EvaluateConfig, tiny.model_dump(mode="json"))
     with pytest.raises(ConfigError, match="the runs name different test sets"):
         evaluate_runs([given, apply(given, {"data.test": "val"})])
+    with pytest.raises(ConfigError, match="a run is given twice"):
+        evaluate_runs([given, given])
 
 
 def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
