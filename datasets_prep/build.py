@@ -144,7 +144,7 @@ def _sample_bytes(config: BuildConfig) -> int | None:
 
 
 class Missing:
-    """Counts the clips that have no file or no caption, and keeps the names of a few."""
+    """Counts the clips that have no file or no caption, and keeps the names of a few; LOG_LEVEL=DEBUG logs all."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -153,8 +153,10 @@ class Missing:
     def noted(self, clips: Iterable[Clip]) -> Iterator[Clip]:
         for clip in clips:
             if clip.size is None or not clip.captions:
-                self.counts["no file" if clip.size is None else "no caption"] += 1
+                what = "no file" if clip.size is None else "no caption"
+                self.counts[what] += 1
                 self.names.extend([clip.video] if len(self.names) < 10 else [])
+                log.debug("%s: %s", what, clip.video)
             yield clip
 
 
@@ -162,7 +164,7 @@ def _check_missing(config: BuildConfig, plan: Plan, missing: Missing) -> None:
     total = missing.counts.total()
     if not total:
         return
-    names = ", ".join(missing.names) + (", …" if total > len(missing.names) else "")
+    names = ", ".join(missing.names) + (", …; LOG_LEVEL=DEBUG names all" if total > len(missing.names) else "")
     lacking = " and ".join(f"{count:,} have {what}" for what, count in missing.counts.items())
     what = f"of {plan.num_clips:,} clips {lacking} (source.videos={config.source.videos}: {names})"
     if total > config.max_missing_fraction * plan.num_clips:
