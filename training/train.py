@@ -7,7 +7,6 @@ result.json. Starting the same (run.name, run.storage) again resumes it; a finis
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfi
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
-from common import logs, shards, storage
+from common import logs, ray_address, shards, storage
 from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
 from training import models, tracking
 from training.config import PATHS, PRESETS, TrainConfig
@@ -244,18 +243,13 @@ def connect() -> None:
     be on, and every process must know which cluster is meant; else the next run waits for ever.
 
     Raises:
-        RunError: nothing listens at RAY_ADDRESS.
+        RunError: there is no cluster at RAY_ADDRESS.
     """
     address = os.environ.get("RAY_ADDRESS")
-    host, _, port = (address or "").rpartition(":")
-    if host and "/" not in host:  # Ray itself would try for many minutes
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except (OSError, ValueError) as error:
-            raise RunError(f"no Ray cluster at RAY_ADDRESS={address} ({error}): correct it, or unset it") from None
     env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
     dashboard = None if address else True
-    ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
+    with ray_address.checked():
+        ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from common import storage
 from common.errors import DataError
 from datasets_prep.config import CustomConfig
 from datasets_prep.plan import Clip
+from datasets_prep.sources.annotations import clean
 from datasets_prep.sources.files import VideoFiles
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ def _check(where: str, row: dict[str, Any]) -> Line:
     if end is not None and end <= (start or 0.0):
         raise DataError(f"{where}: end {end:g} is not after start {start or 0.0:g}")
     key = (posixpath.normpath(video), start, end)
-    return Line(where, key, list(dict.fromkeys(c.strip() for c in captions)), split, _text(where, row, "group"))
+    return Line(where, key, list(dict.fromkeys(map(clean, captions))), split, _text(where, row, "group"))
 
 
 def _text(where: str, row: dict[str, Any], name: str) -> str | None:

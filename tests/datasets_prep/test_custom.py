@@ -23,13 +23,13 @@ def test_lines_of_a_video_merge_and_spans_are_clips(annotate: Annotate, videos: 
     path = annotate(
         {"video": "small.mp4", "captions": ["one", "two"], "split": "train"},
         {"video": "./small.mp4", "caption": "three"},
-        {"video": "small.mp4", "caption": "two"},
+        {"video": "small.mp4", "caption": " two\n"},
         {"video": "wide.mp4", "caption": "a", "start": 0, "end": 1.5, "group": "g"},
         {"video": "wide.mp4", "caption": "b", "start": 1.5},
     )
     clips = read(path, videos)
     assert set(clips) == {"small.mp4", "wide.mp4:0-1.5", "wide.mp4:1.5-"}
-    assert clips["small.mp4"].captions == ("one", "two", "three")
+    assert clips["small.mp4"].captions == ("one", "two", "three")  # once each, cleaned
     assert (clips["small.mp4"].split, clips["small.mp4"].source_id) == ("train", "small.mp4")
     assert clips["wide.mp4:0-1.5"].source_id == "g"
     assert clips["wide.mp4:1.5-"].source_id == "wide.mp4"
