@@ -61,7 +61,7 @@ def plain_features(model: PromptSwitch, prompts_1SD: Tensor, frames_BFCHW: Tenso
     visual = model.clip.visual
     x_NLD = clip_tower.image_tokens(visual, frames_BFCHW.flatten(0, 1))
     x_NLD = visual.transformer(torch.cat([x_NLD, prompts_1SD.expand(len(x_NLD), -1, -1)], dim=1))
-    return clip_tower.project_cls(visual, x_NLD[:, 0])
+    return clip_tower.project(visual, x_NLD[:, 0])
 
 
 def model_of(config: StepBenchConfig) -> PromptSwitch:
@@ -72,13 +72,13 @@ def model_of(config: StepBenchConfig) -> PromptSwitch:
 def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callable[[], object]]:
     """Each side's one step."""
     model = model_of(config).to(device)
-    size = clip_tower.image_size_of(config.backbone)
+    size = model.clip.visual.image_size[0]
     frames_BFCHW = torch.randn(config.clips, config.frames, 3, size, size, device=device)
     end = model.clip.vocab_size - 1
     tokens_BL = torch.randint(1, end - 1, (config.clips, config.words))
     tokens_BL[:, 0], tokens_BL[:, -1] = end - 1, end
     weights_V = losses.token_weights(model.clip.vocab_size, [1, 2, 3], 0.25).to(device)
-    prompts_1SD = torch.zeros(1, config.prompts, model.clip.visual.conv1.out_channels, device=device)
+    prompts_1SD = torch.zeros(1, config.prompts, clip_tower.image_width(model.clip.visual), device=device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     ddp = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     loss, counts = LossConfig(caption=0.5), [config.clips] * world_size()

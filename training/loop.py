@@ -26,7 +26,7 @@ from training.collectives import sum_over_ranks
 from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
-from training.models.clip import frequent_ids
+from training.models.tokenizer import frequent_ids
 from training.step import accumulate
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def use_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 def token_weights(config: TrainConfig, model: models.Retriever) -> Tensor:
     """Class weights of the caption loss, V."""
-    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS)
+    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS) if config.losses.caption else []
     return losses.token_weights(model.clip.vocab_size, frequent, config.losses.frequent_weight)
 
 

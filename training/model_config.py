@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
+from training.backbone import Trait, refusal
 
 
 class CaptionerConfig(Settings):
@@ -36,6 +37,9 @@ class TwoTowerConfig(Settings):
 
     backbone: str = Field(description="open_clip model name, a name in training/models/backbones, or a .json path")
     pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
+    image_size: PositiveInt | None = Field(
+        None, description="pixels of a frame's side, to which image positions are resampled; null = the backbone's own"
+    )
     num_frames: PositiveInt = Field(6, description="frames per clip in training")
     max_tokens: PositiveInt = Field(77, description="longer captions are cut, in tokens with start and end")
     freeze_backbone: bool = Field(
@@ -58,6 +62,20 @@ class TwoTowerConfig(Settings):
     def adds_to_clip(self) -> bool:
         """True if retrieval goes through a module that is not CLIP's."""
         return self.temporal is not None
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        """What the backbone must have, each with the keys that ask for it."""
+        if self.captioner is None:
+            return {}
+        return {"CLIP's tokenizer": "model.captioner", "text as wide as frames": "model.captioner"}
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> Self:
+        reason = refusal(self.backbone, self.needs, self.max_tokens)
+        if reason:
+            raise ValueError(reason)
+        return self
 
     @model_validator(mode="after")
     def _check_frozen(self) -> Self:
@@ -173,6 +191,15 @@ class VoPConfig(TwoTowerConfig):
     def adds_to_clip(self) -> bool:
         return bool(self.visual_prompts or self.text_prompts) or super().adds_to_clip
 
+    @property
+    def needs(self) -> dict[Trait, str]:
+        needs = super().needs
+        if self.text_prompts:
+            needs["causal text"] = f"model.text_prompts={self.text_prompts}"
+        if self.specific == "context":
+            needs["cls"] = "model.specific=context"
+        return needs
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_specific > self.visual_prompts:
@@ -201,6 +228,10 @@ class TokenShiftConfig(TwoTowerConfig):
         True, description="frames are made unit length before their mean, as in retrieval; TokShift's classifier: false"
     )
 
+    @property
+    def needs(self) -> dict[Trait, str]:
+        return {"cls": f"model.name={self.name}", **super().needs}
+
 
 class ClipVipConfig(TwoTowerConfig):
     """Video Proxy of CLIP-ViP (ICLR 2023)."""
@@ -213,6 +244,10 @@ class ClipVipConfig(TwoTowerConfig):
     @property
     def adds_to_clip(self) -> bool:
         return True
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        return {"cls": "model.name=clip_vip", "own ViT": "model.name=clip_vip"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -71,8 +71,7 @@ def load_run(run: str) -> tuple[TrainConfig, Retriever]:
     """A run's configuration and its model with the best weights, in eval mode on the CPU. Raises RunError."""
     run = run.removesuffix("/config.yaml").rstrip("/")
     config = load_config(run)
-    # The run's weights replace whatever the backbone started from.
-    model = models.build(config.model.model_copy(update={"pretrained": None}))
+    model = models.build(config.model, load=False)
     load_best(run, model)
     return config, model.eval()
 
