@@ -27,6 +27,7 @@ from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
 from training.models.tokenizer import frequent_ids
+from training.start import load_initial
 from training.step import accumulate
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(config.seed)
     run = weights.run_url(config)
 
-    model = models.build(config.model).to(device)
+    model = models.build(config.model)
+    load_initial(config, model)
+    model.to(device)
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
         model.towers,

@@ -37,6 +37,9 @@ class TwoTowerConfig(Settings):
 
     backbone: str = Field(description="open_clip model name, a name in training/models/backbones, or a .json path")
     pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
+    init_from: str | None = Field(
+        None, description="run, export or import whose weights training starts from, instead of pretrained; path or URL"
+    )
     image_size: PositiveInt | None = Field(
         None, description="pixels of a frame's side, to which image positions are resampled; null = the backbone's own"
     )

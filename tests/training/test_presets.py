@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import config as configs
 from training import models, optim
-from training.config import PRESETS, TrainConfig
 from training.backbone import BACKBONES
+from training.config import PRESETS, TrainConfig
 from training.step import accumulate
 
 CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a dog", "cutting onions in a kitchen"]

@@ -41,9 +41,9 @@ def build(config: ModelConfig, clip: Clip | None = None, load: bool = True) -> R
 
     Args:
         clip: the towers to start from; None = as the config says.
-        load: False = do not load `pretrained`: others' weights will replace it.
+        load: False = do not load `pretrained`: other weights will replace it, as those of `init_from` do.
     """
-    towers = MODELS[config.name](config, clip_of(config, load) if clip is None else clip)
+    towers = MODELS[config.name](config, clip_of(config, load and config.init_from is None) if clip is None else clip)
     if config.scorer is None:
         return towers
     return TextConditioned(towers, SCORERS[config.scorer.name](config.scorer, towers.clip, config.num_frames))

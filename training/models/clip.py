@@ -9,6 +9,7 @@ width.
 
 import copy
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from training.models.open_clip_lib import (
 
 __all__ = ["Clip", "ImageTower", "build_clip", "clip_from_config", "open_clip"]
 
-ImageTower = VisionTransformer | TimmModel
+ImageTower: TypeAlias = VisionTransformer | TimmModel
 Hook = Callable[[Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -179,7 +180,7 @@ def _stack(tower: VisionTransformer | Clip) -> nn.Module:
     return tower.transformer if isinstance(tower, VisionTransformer) else text_tower(tower).transformer
 
 
-def _blocks(tower: ImageTower | Clip) -> nn.ModuleList:
+def _blocks(tower: ImageTower | Clip) -> Any:
     return tower.trunk.blocks if isinstance(tower, TimmModel) else _stack(tower).resblocks
 
 
@@ -188,9 +189,10 @@ class TextBlocks(nn.Module):
 
     def __init__(self, clip: Clip, count: int, ln_eps: float) -> None:
         super().__init__()
-        self.resblocks = copy.deepcopy(_blocks(clip)[:count])
-        for block in self.resblocks:
+        blocks = copy.deepcopy(_blocks(clip)[:count])
+        for block in blocks:
             block.ln_1.eps = block.ln_2.eps = ln_eps
+        self.resblocks = blocks
         self.requires_grad_(True)  # the original may be frozen
 
     def forward(self, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import logging
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from training.models.open_clip_lib import (
 )
 
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights in OpenAI's files
-Clip = open_clip.CLIP | open_clip.CustomTextCLIP
+Clip: TypeAlias = open_clip.CLIP | open_clip.CustomTextCLIP
 
 
 def build_clip(backbone: str, pretrained: str | None, image_size: int | None = None, load: bool = True) -> Clip:
@@ -41,8 +42,7 @@ def build_clip(backbone: str, pretrained: str | None, image_size: int | None = N
     found = register(backbone)
     if found.unsupported:
         raise ConfigError(f"model.backbone={backbone}: {found.unsupported}")
-    name = Path(backbone).stem if backbone.endswith(".json") else backbone
-    given = pretrained if load else None
+    name, given = found.name, pretrained if load else None
     if given is None:
         logging.disable(logging.WARNING)  # open_clip warns that the weights are random, as asked
     try:
@@ -84,7 +84,7 @@ def clip_from_config(config: dict[str, object]) -> nn.Module:
     return open_clip.CLIP(**config)
 
 
-def _check_blocks(model: nn.Module, backbone: str) -> None:
+def _check_blocks(model: Clip, backbone: str) -> None:
     """Refuse what the JSON did not tell: other blocks than those that clip.py runs."""
     visual, text = model.visual, getattr(model, "text", model)
     if isinstance(visual, TimmModel):

@@ -3,13 +3,15 @@
 Shapes: N images, C channels, H height, W width, L tokens, D width, E joint width, R values of a rotary position.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from training.models.open_clip_lib import Eva, EvaBlock, TimmBlock, TimmModel, TimmViT
 
-Trunk = TimmViT | Eva
-Block = TimmBlock | EvaBlock
+Trunk: TypeAlias = TimmViT | Eva
+Block: TypeAlias = TimmBlock | EvaBlock
 
 
 def image_tokens(trunk: Trunk, pixels_NCHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.errors import ConfigError
+from training.backbone import Backbone
 from training.models.clip import lengths
 from training.models.clip_weights import register
 from training.models.open_clip_lib import open_clip
@@ -27,23 +28,8 @@ def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
         ConfigError: the tokenizer's files are not to be had.
     """
     found = register(backbone)
-    name = Path(backbone).stem if backbone.endswith(".json") else backbone
-    context, size = min(max_tokens, found.context), found.text.get("vocab_size", FULL_VOCABULARY)
-    is_clips = "CLIP's tokenizer" in found.traits
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            is_small = is_clips and size < FULL_VOCABULARY
-            smaller = {"bpe_path": _first_merges(Path(folder), size)} if is_small else {}
-            encode = open_clip.get_tokenizer(name, context_length=context, **smaller)
-    except (ImportError, OSError, ValueError) as error:  # what transformers and its hub client raise
-        if is_clips:
-            raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"model.backbone={backbone} needs the tokenizer {found.text['hf_tokenizer_name']!r}, which cannot be loaded "
-            f"({reason}): run where the hub can be reached or has been before, or save its files in a folder, and name "
-            "that as text_cfg.hf_tokenizer_name in a .json of your own"
-        ) from None
+    context, is_clips = min(max_tokens, found.context), "CLIP's tokenizer" in found.traits
+    encode = _clips(found, context) if is_clips else _from_hub(backbone, found, context)
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens_TL = encode(texts)
@@ -58,6 +44,25 @@ def frequent_ids(backbone: str, words: Sequence[str]) -> list[int]:
     tokens_TL = tokenizer(backbone, 8)(list(words))
     single = tokens_TL[lengths(tokens_TL) == 3]
     return sorted(set(single[:, :3].flatten().tolist()))
+
+
+def _clips(found: Backbone, context: int) -> Callable[[list[str]], Tensor]:
+    size = found.text.get("vocab_size", FULL_VOCABULARY)
+    with tempfile.TemporaryDirectory() as folder:
+        smaller = {"bpe_path": _first_merges(Path(folder), size)} if size < FULL_VOCABULARY else {}
+        return open_clip.SimpleTokenizer(context_length=context, **found.text.get("tokenizer_kwargs", {}), **smaller)
+
+
+def _from_hub(backbone: str, found: Backbone, context: int) -> Callable[[list[str]], Tensor]:
+    try:
+        return open_clip.get_tokenizer(found.name, context_length=context)
+    except (ImportError, OSError, ValueError) as error:  # what transformers and its hub client raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"model.backbone={backbone} needs the tokenizer {found.text['hf_tokenizer_name']}, which cannot be loaded "
+            f"({reason}): run where the hub can be reached or its cache is filled, or save the tokenizer in a folder "
+            "and name that as text_cfg.hf_tokenizer_name in a .json of your own"
+        ) from None
 
 
 def _first_merges(folder: Path, vocabulary: int) -> str:

@@ -28,7 +28,7 @@ class VideoOut(NamedTuple):
 
 
 class TextOut(NamedTuple):
-    """What the text tower gives. `vector_TD` is unit length; `mask_TL` is True up to the token that it is read out of."""
+    """What the text tower gives. `vector_TD` is unit length; `mask_TL` is True up to the slot where it is read out."""
 
     vector_TD: Tensor
     words_TLD: Tensor
