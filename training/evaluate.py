@@ -51,7 +51,7 @@ def _worker(values: dict[str, Any]) -> dict[str, float]:
     config = TrainConfig.model_validate(values)
     logs.setup(ray.train.get_context().get_world_rank())
     device = get_device()
-    model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
+    model = models.build(config.model, load=False).to(device)
     return test_metrics(config, model, run_url(config), device, None)
 
 

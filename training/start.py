@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from common import storage
 from common.errors import ConfigError
 from training import models, weights
 from training.backbone import find
@@ -27,6 +28,8 @@ def check_model(config: TrainConfig) -> None:
     if run is None:
         return
     theirs = weights.load_config(run)
+    if not storage.exists(weights.best_url(run)):
+        raise weights.no_best(run)
     old = _without_values(theirs)
     is_same = find(config.model.backbone) == find(theirs.model.backbone)
     if not is_same or old.clip.visual.image_mean != model.clip.visual.image_mean:

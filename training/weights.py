@@ -43,6 +43,10 @@ def best_url(run: str) -> str:
     return storage.join(run, "best", "model.safetensors")
 
 
+def no_best(run: str) -> RunError:
+    return RunError(f"run {run} has no best weights: train it, or correct the run's URL")
+
+
 def load_best(run: str, model: Retriever) -> dict[str, Any]:
     """Load `best/` of a run into a model; returns its header ({"step", "metrics"}). Raises RunError."""
     values, header = read_best(run)
@@ -62,7 +66,7 @@ def read_best(run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             with safe_open(path, "pt") as file:
                 return safetensors.torch.load_file(path), file.metadata()
         except NotFoundError:
-            raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
+            raise no_best(run) from None
         except SafetensorError as error:
             raise RunError(f"{best_url(run)} cannot be read: {str(error).splitlines()[0]}") from None
 
@@ -93,5 +97,5 @@ def weights_sha256(run: str) -> str:
             while chunk := stream.read(storage.CHUNK_BYTES):
                 digest.update(chunk)
     except NotFoundError:
-        raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
+        raise no_best(run) from None
     return digest.hexdigest()

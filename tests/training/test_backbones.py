@@ -264,7 +264,7 @@ def test_a_pair_is_refused_by_name_when_it_is_configured(backbone: str, changes:
 def test_cluster_submit_refuses_a_pair_before_it_sends_anything() -> None:
     overrides = ["run.storage=s3://x/runs", "data.dataset=s3://x/y", "tracking.uri=http://mlflow"]
     command = ["python", "-m", "training.train", "clip_vip", *overrides, "model.backbone=EVA02-B-16"]
-    with pytest.raises(ConfigError, match="model.name=clip_vip needs"):
+    with pytest.raises(ConfigError, match=r"model\.name=clip_vip needs"):
         check(command, ["training/train.py", "training/presets/clip_vip.yaml"])
 
 

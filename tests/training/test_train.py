@@ -112,6 +112,21 @@ def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
     assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
 
 
+def test_new_training_starts_from_old_weights(tiny: TrainConfig, tmp_path: Path):
+    old = apply(tiny, {"optim.steps": 1})
+    train(old)
+    new = apply(old, {"run.name": "new", "seed": 1, "optim.steps": 0, "model.init_from": run_url(old)})
+    train(new)
+    values, kept = weights(old, tmp_path / "a"), weights(new, tmp_path / "b")
+    assert values.keys() == kept.keys() and all(torch.equal(kept[name], values[name]) for name in values)
+    with pytest.raises(RunError, match=r"model.init_from was .*, is null"):
+        train(apply(new, {"model.init_from": None}))
+    with pytest.raises(
+        ConfigError, match=r"model.init_from=.* does not fit the model: prompt_cube is \[6, 6, 64\] there"
+    ):
+        train(apply(new, {"run.name": "other", "model.num_prompts": 3}))  # by the driver, before any worker
+
+
 def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig):
     vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
     config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})

@@ -73,7 +73,8 @@ SIGLIP_TEXT = {**BOTH_WAYS, "pool_type": "last", "proj_bias": True, "norm_kwargs
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": _config({}, {}, quick_gelu=True),
     "dinov2": _config({"no_ln_pre": True, "norm_kwargs": {"eps": 1e-6}, "ls_init_value": 0.5}, {}),
-    "clipa": _config({"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}, {**BOTH_WAYS, "pool_type": "last"}),
+    "clipa": _config({"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+                     {**BOTH_WAYS, "pool_type": "last"}),
     "gap": _config({"pool_type": "avg"}, {"pool_type": "eos", "eos_id": 4095}),
     "siglip": _config(_timm("vit_micro_siglip", "map", "none"), {**SIGLIP_TEXT, "act_kwargs": {"approximate": "tanh"}},
                       init_logit_bias=-10, **CUSTOM),
