@@ -1,4 +1,4 @@
-"""Every kind of tower: its interface is open_clip's own, methods train on it, what it can't carry is refused by name."""
+"""Every kind of tower: its interface is open_clip's own, methods train on it, what won't do is refused by name."""
 
 import copy
 from collections.abc import Iterator
