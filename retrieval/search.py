@@ -26,6 +26,7 @@ from retrieval.embeddings import Source
 from retrieval.encoder import encode_sentences, load_two_tower
 from retrieval.index import Index, open_index
 from retrieval.result import Hit, Result, table
+from training.data import pictures
 from training.weights import weights_sha256
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def search(config: SearchConfig) -> Result:
         hits=hits,
     )
     if config.contact_sheet:
-        frames = [contact_sheet.frames(source.dataset, h.shard, h.offset, h.size, config.frames) for h in hits]
+        frames = [pictures.frames(source.dataset, h.shard, h.offset, h.size, config.frames) for h in hits]
         storage.publish_bytes(contact_sheet.render(result, frames).encode(), config.contact_sheet)
         log.info("contact sheet: %s", storage.absolute(config.contact_sheet))
     return result

@@ -66,6 +66,15 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def command_of(pid: int) -> tuple[list[str], dict[str, str]]:
+    """How a process was started: its command and its variables."""
+    argv, variables = (
+        [os.fsdecode(part) for part in Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")[:-1]]
+        for file in ("cmdline", "environ")
+    )
+    return argv, dict(variable.split("=", 1) for variable in variables)
+
+
 def stop_storage(server: S3Server) -> list[str]:
     """Kill the S3 server; its command."""
     ((_, *argv),) = kill(server.mark, "weed", "mini")

@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 BACKBONES = Path(__file__).parent / "models" / "backbones"
 
-Trait = Literal["cls", "own ViT", "causal text", "CLIP's tokenizer", "text as wide as frames"]
+Trait = Literal["cls", "own ViT", "causal text", "end token", "CLIP's tokenizer", "text as wide as frames"]
 LACKS: dict[Trait, str] = {
     "cls": "an image tower that reads an image out of its CLS token",
     "own ViT": "an image tower that is open_clip's own ViT, not timm's",
     "causal text": "a causal text tower with CLIP's tokenizer",
+    "end token": "a text tower that is read out of a sentence's end token",
     "CLIP's tokenizer": "CLIP's tokenizer, with its start and end tokens",
     "text as wide as frames": "a text tower whose width is the joint one",
 }
@@ -53,9 +54,11 @@ class Backbone(NamedTuple):
     @property
     def traits(self) -> set[Trait]:
         pool = self.vision.get("timm_pool", "avg") if self.is_timm else self.vision.get("pool_type", "tok")
+        text_pool = self.text.get("pool_type", "argmax")
         has: dict[Trait, bool] = {
             "cls": pool in ("tok", "token"),
             "own ViT": not self.is_timm,
+            "end token": text_pool in ("argmax", "eos"),
             "CLIP's tokenizer": "hf_tokenizer_name" not in self.text,
             "causal text": not self.reads_padding and "hf_tokenizer_name" not in self.text,
             "text as wide as frames": self.text.get("width", 512) == self.config.get("embed_dim"),

@@ -22,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from common import logs, retry, shards
 from common.errors import RunError
 from training import checkpoint, losses, models, optim, weights
+from training.choices import Choices
 from training.collectives import sum_over_ranks
 from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
-from training.encode import evaluate
+from training.encode import evaluate, evaluation
+from training.metrics import Evaluation
 from training.models.tokenizer import frequent_ids
 from training.start import load_initial
 from training.step import accumulate
@@ -121,19 +123,27 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
 
 def test_metrics(config: TrainConfig, model: models.Retriever, run: str, device: torch.device, metric_log: Any) -> dict:
     """Metrics of the best weights on the test split, measured once; on the validation split if there is no test."""
+    found, step = test_evaluation(config, model, run, device)
+    scores = found.metrics
+    if ray.train.get_context().get_world_rank() == 0:
+        log.info("%s: %s", config.data.test or config.data.val, show(scores))
+        if metric_log is not None:
+            metric_log.log.remote({f"test/{k}": v for k, v in scores.items()}, step)
+    return {**scores, "best_step": step}
+
+
+def test_evaluation(
+    config: TrainConfig, model: models.Retriever, run: str, device: torch.device, asked: Choices | None = None
+) -> tuple[Evaluation, int]:
+    """What is measured with the best weights, and the step that they are of. A collective."""
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     sum_over_ranks(torch.zeros(1, device=device))  # rank 0 has published best/ before anybody reads it
-    header = weights.load_best(run, model)
+    step = weights.load_best(run, model)["step"]
     split = config.data.test or config.data.val
     assert split is not None
     dataset, dataset_sha256 = retry.again(lambda: shards.read_dataset(config.data.dataset))
     batches = eval_loader(config, dataset, open_cache(config, dataset_sha256), split, rank, world_size)
-    scores = evaluate(model, batches, models.tokenize(config.model), config.eval, device)
-    if rank == 0:
-        log.info("%s: %s", split, show(scores))
-        if metric_log is not None:
-            metric_log.log.remote({f"test/{k}": v for k, v in scores.items()}, header["step"])
-    return {**scores, "best_step": header["step"]}
+    return evaluation(model, batches, models.tokenize(config.model), config.eval, device, asked), step
 
 
 def use_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -147,7 +157,7 @@ def token_weights(config: TrainConfig, model: models.Retriever) -> Tensor:
 
 
 def show(scores: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if not name.startswith("v2t_"))
+    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if "v2t_" not in name)
 
 
 class SampleLog:

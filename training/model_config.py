@@ -1,6 +1,6 @@
 """The configuration of each method. Light like `training/config.py`, which holds the rest of a run."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -21,7 +21,19 @@ class TemporalConfig(Settings):
     layers: PositiveInt = Field(4, description="layers, at most as many as the text tower has")
 
 
-class XPoolConfig(Settings):
+class ScorerSettings(Settings):
+    """What every scorer has."""
+
+    counts_frames: ClassVar[bool] = False  # its parameters have the number of frames as a size
+    reads_words: ClassVar[bool] = False  # of a sentence it looks at more than where it is read out
+
+    @property
+    def reads_padding(self) -> bool:
+        """True if what stands behind a sentence's end token is a part of its score."""
+        return False
+
+
+class XPoolConfig(ScorerSettings):
     """X-Pool (CVPR 2022): a text pools the frames that it is about."""
 
     name: Literal["xpool"] = Field("xpool", description="scorer")
@@ -29,7 +41,32 @@ class XPoolConfig(Settings):
     dropout: float = Field(0.3, ge=0, lt=1, description="dropout of the residual map in training (official: 0.3)")
 
 
-ScorerConfig = XPoolConfig
+class XClipConfig(ScorerSettings):
+    """X-CLIP (ACM MM 2022): sentence and words against video and frames."""
+
+    counts_frames: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = True
+    name: Literal["xclip"] = Field("xclip", description="scorer")
+    temperature: PositiveFloat = Field(0.01, description="of the attention over similarities (official: 0.01)")
+    padded_words: bool = Field(
+        False, description="padding up to max_tokens counts as words, as in the official code; false = words only"
+    )
+
+    @property
+    def reads_padding(self) -> bool:
+        return self.padded_words
+
+
+class TS2NetScorerConfig(ScorerSettings):
+    """TS2-Net (ECCV 2022): frames weighted by their fit to the text."""
+
+    name: Literal["ts2net"] = Field("ts2net", description="scorer")
+    sharpness: PositiveFloat = Field(
+        4.0, description="factor of a frame's share of its video's cosines before their softmax (official: 4)"
+    )
+
+
+ScorerConfig = Annotated[XPoolConfig | XClipConfig | TS2NetScorerConfig, Field(discriminator="name")]
 
 
 class TwoTowerConfig(Settings):
@@ -69,9 +106,14 @@ class TwoTowerConfig(Settings):
     @property
     def needs(self) -> dict[Trait, str]:
         """What the backbone must have, each with the keys that ask for it."""
-        if self.captioner is None:
-            return {}
-        return {"CLIP's tokenizer": "model.captioner", "text as wide as frames": "model.captioner"}
+        needs: dict[Trait, str] = {}
+        if self.captioner or self.temporal:
+            needs["text as wide as frames"] = "model.captioner" if self.captioner else "model.temporal"
+        if self.captioner:
+            needs["CLIP's tokenizer"] = "model.captioner"
+        if self.scorer and self.scorer.reads_words:
+            needs["end token"] = f"model.scorer.name={self.scorer.name}"
+        return needs
 
     @model_validator(mode="after")
     def _check_backbone(self) -> Self:
@@ -217,10 +259,9 @@ class VoPConfig(TwoTowerConfig):
         return self
 
 
-class TokenShiftConfig(TwoTowerConfig):
-    """Token shift between frames: TokShift's (ACM MM 2021) of CLS channels, or TS2-Net's (ECCV 2022) of patches."""
+class ShiftConfig(TwoTowerConfig):
+    """What the methods that shift tokens between frames have."""
 
-    name: Literal["token_shift"] = Field("token_shift", description="method")
     num_frames: PositiveInt = Field(12, description="frames per clip in training")
     shift: Literal["cls", "patches"] = Field("cls", description="channels of CLS (TokShift) or patch tokens (TS2-Net)")
     div: int = Field(4, ge=2, description="1/div of CLS's channels each way (official: 4), or of tokens (official: 7)")
@@ -233,7 +274,39 @@ class TokenShiftConfig(TwoTowerConfig):
 
     @property
     def needs(self) -> dict[Trait, str]:
-        return {"cls": f"model.name={self.name}", **super().needs}
+        return {"cls": f"model.name={self.name}", **super().needs}  # type: ignore[attr-defined]
+
+
+class TokenShiftConfig(ShiftConfig):
+    """Token shift between frames: TokShift's (ACM MM 2021) of CLS channels, or TS2-Net's (ECCV 2022) of patches."""
+
+    name: Literal["token_shift"] = Field("token_shift", description="method")
+
+
+class TS2NetConfig(ShiftConfig):
+    """TS2-Net (ECCV 2022): token shift, selection of tokens, a temporal transformer; its scorer is `ts2net`, too."""
+
+    name: Literal["ts2net"] = Field("ts2net", description="method")
+    shift: Literal["cls", "patches"] = Field("patches", description="patch tokens (TS2-Net) or channels of CLS")
+    div: int = Field(7, ge=2, description="1/div of the tokens each way (official: 7)")
+    last_layers: PositiveInt | None = Field(2, description="shift in the last layers only (official: 2); null = in all")
+    temporal: TemporalConfig = Field(TemporalConfig(), description="the transformer over the frames' selected tokens")
+    num_selected: PositiveInt = Field(3, description="patches of a frame that are selected, beside CLS (official: 3)")
+    samples: PositiveInt = Field(500, description="noise samples of the differentiable selection (official: 500)")
+    sigma: PositiveFloat = Field(0.05, description="std of that noise (official: 0.05)")
+    full_gradient: bool = Field(
+        False, description="the whole gradient of the noisy selection; false = its diagonal, as in the official code"
+    )
+    noise_in_eval: bool = Field(
+        False,
+        description="draw the noise in evaluation too: the official code does, and so a video's features are never "
+        "twice the same; false = plain selection of the best",
+    )
+    tiled_mask: bool = Field(
+        False,
+        description="mask padded frames' tokens as the official code does, which hits others; no matter where no frame "
+        "is padded, as in our loader",
+    )
 
 
 class ClipVipConfig(TwoTowerConfig):
@@ -262,6 +335,6 @@ class ClipVipConfig(TwoTowerConfig):
 
 
 ModelConfig = Annotated[
-    MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig | TokenShiftConfig | ClipVipConfig,
+    MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig | TokenShiftConfig | TS2NetConfig | ClipVipConfig,
     Field(discriminator="name"),
 ]

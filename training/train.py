@@ -19,12 +19,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import ConfigError, NotFoundError, ProjectError, RunError, exit_with, told
+from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
 from training import tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import check_frames, sample_order
 from training.driver import only_driver, with_driver
-from training.failures import TellFailures
+from training.failures import TellFailures, without_traceback
 from training.start import check_model
 from training.weights import best_url, run_url
 
@@ -74,13 +74,11 @@ def _fit(
         from training.loop import train_loop
 
         try:
-            return train_loop(settings)
+            with without_traceback():
+                return train_loop(settings)
         except (ConfigError, RunError) as error:
             # Every rank meets it alike. Raised, it would only make Ray start the workers again, and again.
             return {"error": error}
-        except ProjectError:
-            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # its log line is a traceback; see TellFailures
-            raise
 
     # Ray reads these in the driver; its 60 s for a start are too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
@@ -142,7 +140,12 @@ def scaling(config: TrainConfig) -> ScalingConfig:
                 "or set workers.autoscale=true if the cluster grows"
             )
     elastic: Any = num_workers  # Ray's annotation lacks the pair
-    return ScalingConfig(num_workers=elastic, use_gpu=use_gpu, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=elastic,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=workers.resize_s,  # type: ignore[call-arg]
+    )
 
 
 def uses_gpus(config: TrainConfig) -> bool:

@@ -43,14 +43,16 @@ METHODS: dict[str, dict] = {
     "token_shift, patches": {"name": "token_shift", "shift": "patches", "div": 7},
     "clip_vip": {"name": "clip_vip", "proxy_init_std": 0.5},
     "xpool": {"name": "mean_pool", "scorer": {"name": "xpool"}},
+    "xclip": {"name": "seq_transf", "temporal": {"layers": 1}, "scorer": {"name": "xclip"}},
+    "ts2net": {"name": "ts2net", "temporal": {"layers": 1}, "samples": 8, "scorer": {"name": "ts2net"}},
 }
-NO_CLS = {"vop^c", "token_shift", "token_shift, patches", "clip_vip"}
+NO_CLS = {"vop^c", "token_shift", "token_shift, patches", "clip_vip", "ts2net"}
 REFUSED: dict[str, set[str]] = {
     "clip": set(),
     "dinov2": set(),
-    "clipa": {"vop", *NO_CLS},
+    "clipa": {"vop", "xclip", *NO_CLS},
     "gap": NO_CLS,
-    "siglip": {"vop", *NO_CLS},
+    "siglip": {"vop", "xclip", *NO_CLS},
     "mobileclip": {"vop", "clip_vip"},
     "vitamin": NO_CLS,
     "eva": {"clip_vip"},
@@ -250,6 +252,12 @@ CAPTIONER = {"model.captioner": {"layers": 1}, "losses.caption": 0.5}
         ("PE-Core-B-16", {"model.name": "clip_vip"}, "model.name=clip_vip needs an image tower that reads"),
         ("EVA02-B-16", {"model.name": "clip_vip"}, "model.name=clip_vip needs an image tower that is open_clip's own"),
         ("ViT-H-14-CLIPA", {"model": VOP}, "model.text_prompts=8 needs a causal text tower with CLIP's tokenizer"),
+        (
+            "ViT-B-16-SigLIP",
+            {"model": METHODS["xclip"]},
+            "model.scorer.name=xclip needs a text tower that is read out of",
+        ),
+        ("EVA01-g-14", {"model": METHODS["seq_transf"]}, "model.temporal needs a text tower whose width is the joint"),
         ("ViT-SO400M-14-SigLIP", {"model": {**IMAGE_VOP, "specific": "context"}}, "model.specific=context needs"),
     ],
 )

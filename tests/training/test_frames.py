@@ -14,8 +14,8 @@ from common.errors import ConfigError
 from datasets_prep.build import build
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.verify import verify
-from retrieval import contact_sheet
 from training.config import TrainConfig
+from training.data import pictures
 from training.data.loader import check_frames, eval_loader, open_cache, train_loader
 from training.evaluate import evaluate_run
 from training.train import train
@@ -68,4 +68,4 @@ def test_verify_and_contact_sheet_read_them(jpegs: str) -> None:
         expected = shards.read_pictures(tar, sample)
         tar.seek(offset)
         assert shards.pictures_in(tar.read(size)) == expected
-    assert len(contact_sheet.frames(jpegs, "test/shard-000000.tar", offset, size, 6)) == 6
+    assert len(pictures.frames(jpegs, "test/shard-000000.tar", offset, size, 6)) == 6

@@ -13,7 +13,7 @@ from common import storage
 from common.errors import ConfigError
 from tests.conftest import REPOSITORY
 from tests.entry import assert_refused, run
-from tests.golden import Golden, _clip_sizes
+from tests.golden import Golden, clip_sizes
 from tests.parity import read
 from training import models, weights
 from training.import_official import OPENAI, _backbone, import_official
@@ -54,7 +54,7 @@ def golden(name: str) -> tuple[Golden, Values]:
 
 def backbone_of(sizes: dict, folder: Path) -> str:
     path = folder / "sizes.json"
-    path.write_text(json.dumps(_clip_sizes(sizes, {}, {})))
+    path.write_text(json.dumps(clip_sizes(sizes, {}, {})))
     return str(path)
 
 
@@ -131,7 +131,7 @@ def test_clip4clip(head: str, tmp_path: Path) -> None:
     text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes["heads"], "text_layers": 2}
     image = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8, "vocab": 2, "ctx": sizes["positions"]}
     torch.manual_seed(0)
-    clip = clip_from_config(_clip_sizes({**text, **image}, {}, {})).state_dict()
+    clip = clip_from_config(clip_sizes({**text, **image}, {}, {})).state_dict()
     state = {f"clip.{name}": value for name, value in {**clip, "logit_scale": values["logit_scale"]}.items()}
     if head == "seqTransf":
         state |= {name: value for name, value in values.items() if name != "logit_scale"}

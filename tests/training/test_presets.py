@@ -20,6 +20,7 @@ CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a d
 def test_every_method_has_a_preset() -> None:
     presets = [configs.load(TrainConfig, name, [], PRESETS) for name in configs.preset_names(PRESETS)]
     assert {preset.model.name for preset in presets} == set(models.MODELS)
+    assert {preset.model.scorer.name for preset in presets if preset.model.scorer} == set(models.SCORERS)
 
 
 @pytest.fixture

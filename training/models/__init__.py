@@ -13,8 +13,10 @@ from training.models.seq_transf import SeqTransf
 from training.models.text_conditioned import Scorer, TextConditioned
 from training.models.token_shift import TokenShift
 from training.models.tokenizer import tokenizer
+from training.models.ts2net import TS2Net, TS2NetScorer
 from training.models.two_tower import Outputs, TextOut, TwoTower, VideoOut, clip_of
 from training.models.vop import VoP
+from training.models.xclip import XClip
 from training.models.xpool import XPool
 
 __all__ = ["MODELS", "SCORERS", "Outputs", "Retriever", "TextConditioned", "TextOut", "TwoTower", "VideoOut"]
@@ -28,11 +30,14 @@ MODELS: dict[str, Callable[..., TwoTower]] = {
     "prompt_switch": PromptSwitch,
     "vop": VoP,
     "token_shift": TokenShift,
+    "ts2net": TS2Net,
     "clip_vip": ClipVip,
 }
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "xpool": XPool,
+    "xclip": XClip,
+    "ts2net": TS2NetScorer,
 }
 
 
@@ -46,12 +51,14 @@ def build(config: ModelConfig, clip: Clip | None = None, load: bool = True) -> R
     towers = MODELS[config.name](config, clip_of(config, load and config.init_from is None) if clip is None else clip)
     if config.scorer is None:
         return towers
-    return TextConditioned(towers, SCORERS[config.scorer.name](config.scorer, towers.clip, config.num_frames))
+    words = min(config.max_tokens, towers.clip.context_length)
+    return TextConditioned(towers, SCORERS[config.scorer.name](config.scorer, towers.clip, config.num_frames, words))
 
 
 def tokenize(config: ModelConfig) -> Callable[[list[str]], Tensor]:
-    """The tokenizer of the model's backbone: sentences → ids TL."""
-    return tokenizer(config.backbone, config.max_tokens)
+    """The tokenizer of the model's backbone: sentences → ids TL, as long as the longest of them or `max_tokens`."""
+    is_padded = config.scorer is not None and config.scorer.reads_padding
+    return tokenizer(config.backbone, config.max_tokens, is_padded)
 
 
 def image_size(config: ModelConfig) -> int:

@@ -40,11 +40,14 @@ def normalize_pixels(visual: ImageTower, frames: Tensor) -> Tensor:
     """uint8 (or already normalised float) ...CHW → float, with the tower's mean and standard deviation."""
     if frames.is_floating_point():
         return frames
-    dtype, device = next(visual.parameters()).dtype, frames.device
+    dtype = next(visual.parameters()).dtype
     mean = torch.tensor(getattr(visual, "image_mean", open_clip.OPENAI_DATASET_MEAN), dtype=dtype)
     std = torch.tensor(getattr(visual, "image_std", open_clip.OPENAI_DATASET_STD), dtype=dtype)
-    scale, shift = 1 / (255 * std), mean / std
-    return frames.to(dtype) * scale.to(device)[:, None, None] - shift.to(device)[:, None, None]
+    # Without waiting for the device.
+    scale_C11, shift_C11 = (
+        v[:, None, None].to(frames.device, non_blocking=True) for v in (1 / (255 * std), mean / std)
+    )
+    return frames.to(dtype) * scale_C11 - shift_C11
 
 
 def image_tokens(visual: ImageTower, pixels_NCHW: Tensor) -> Tensor:

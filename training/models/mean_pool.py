@@ -1,6 +1,7 @@
 """Mean pooling over frames encoded one by one (CLIP4Clip-meanP, Luo et al. 2021): the baseline, blind to order.
 
-Trained: all of CLIP. Cached per video: one D vector. Multiply-adds per text-video pair: D.
+Trained: all of CLIP; with `optim.steps=0` nothing, which is zero-shot CLIP. Cached per video: one D vector.
+Multiply-adds per text-video pair: D.
 """
 
 from torch import Tensor

@@ -18,11 +18,11 @@ FULL_VOCABULARY = 49408
 
 
 @functools.lru_cache(maxsize=8)
-def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
+def tokenizer(backbone: str, max_tokens: int, is_padded: bool = False) -> Callable[[list[str]], Tensor]:
     """A function from sentences to int64 ids TL.
 
-    A longer sentence is cut to `max_tokens`, its end token kept. Ids are padded to the longest of them, or to the
-    backbone's context if its text tower reads the padding.
+    A longer sentence is cut to `max_tokens`, its end token kept. Ids are padded to the longest of them; all the way if
+    `is_padded`, or if the backbone's text tower reads the padding.
 
     Raises:
         ConfigError: the tokenizer's files are not to be had.
@@ -33,7 +33,7 @@ def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens_TL = encode(texts)
-        is_cut = is_clips and not found.reads_padding
+        is_cut = is_clips and not (found.reads_padding or is_padded)
         return tokens_TL[:, : int(lengths(tokens_TL).max())] if is_cut else tokens_TL
 
     return tokenize

@@ -18,13 +18,15 @@ from training.models.temporal import TemporalTransformer
 
 
 class VideoOut(NamedTuple):
-    """What the video tower gives. `vector_BD` is unit length, or None for a model that can only re-rank.
+    """What the video tower gives. `vector_BD` is unit length; `frames_BFD` are the features that it is the mean of.
 
-    A method that reads out one feature for the whole clip gives it as the only one of its frames.
+    A method that reads out one feature for the whole clip gives it as the only one of its frames. `alone_BFD` are the
+    frames before the temporal transformer; without one, the same.
     """
 
-    vector_BD: Tensor | None
+    vector_BD: Tensor
     frames_BFD: Tensor
+    alone_BFD: Tensor
 
 
 class TextOut(NamedTuple):
@@ -100,9 +102,9 @@ class TwoTower(nn.Module, ABC):
 
     def encode_video(self, frames_BFCHW: Tensor) -> VideoOut:
         """uint8 frames → unit vector per video."""
-        frames_BFD = self.frame_features(clip_tower.normalize_pixels(self.clip.visual, frames_BFCHW))
-        frames_BFD = self.in_context(frames_BFD)
-        return VideoOut(normalize(self.pooled(frames_BFD), dim=-1), frames_BFD)
+        alone_BFD = self.frame_features(clip_tower.normalize_pixels(self.clip.visual, frames_BFCHW))
+        frames_BFD = self.in_context(alone_BFD)
+        return VideoOut(normalize(self.pooled(frames_BFD), dim=-1), frames_BFD, alone_BFD)
 
     def encode_text(self, tokens_TL: Tensor) -> TextOut:
         vector_TD, words_TLD = clip_tower.encode_text(self.clip, tokens_TL)
@@ -122,7 +124,6 @@ class TwoTower(nn.Module, ABC):
 
     def key(self, video: VideoOut) -> Tensor:
         """What a score reads of a video, and an index holds of it: its vector, BD."""
-        assert video.vector_BD is not None
         return video.vector_BD
 
     def score(self, query_TD: Tensor, key_VD: Tensor) -> Tensor:
