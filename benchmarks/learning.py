@@ -34,7 +34,7 @@ from training.encode import evaluate
 from training.intervals import over_runs
 from training.loop import MAX_LOGIT_SCALE, token_weights
 from training.models import Retriever
-from training.models.clip import open_clip
+from training.models.clip import Clip
 from training.step import accumulate
 from training.train import check_identity, read_result
 
@@ -150,7 +150,7 @@ def run_name(row: str, seed: int) -> str:
     return f"{re.sub('[^a-z0-9]+', '-', row.lower().replace('+', ' plus ')).strip('-')}-{seed}"
 
 
-def trained(config: TrainConfig, clip: open_clip.CLIP | None) -> Retriever:
+def trained(config: TrainConfig, clip: Clip | None) -> Retriever:
     """A model after all its steps; `clip`: the towers to start from, None = random ones."""
     torch.set_num_threads(config.workers.threads)
     torch.manual_seed(config.seed)

@@ -10,7 +10,12 @@ from common.config import Settings
 from training.model_config import ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
-PATHS = ("run.storage", "data.dataset", "tracking.uri")  # what a job that is submitted needs absolute
+PATHS = (
+    "run.storage",
+    "data.dataset",
+    "model.init_from",
+    "tracking.uri",
+)  # what a job that is submitted needs absolute
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

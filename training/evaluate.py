@@ -158,7 +158,7 @@ def _worker(values: dict[str, Any]) -> tuple[Evaluation, int]:
         if config.recall is not None:
             finder, model = _first_stage(config), load_run(config.recall)[1].to(device)
             first = encode_split(model, split_batches(finder), models.tokenize(finder.model), finder.eval.views, device)
-        model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
+        model = models.build(config.model, load=False).to(device)
         step = load_best(run_url(config), model)["step"]
         tokenize = models.tokenize(config.model)
         return evaluation(model, split_batches(config), tokenize, config.eval, device, values["asked"], first), step

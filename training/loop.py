@@ -26,7 +26,8 @@ from training.collectives import sum_over_ranks
 from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
-from training.models.clip import frequent_ids
+from training.models.tokenizer import frequent_ids
+from training.start import load_initial
 from training.step import accumulate
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(config.seed)
     run = weights.run_url(config)
 
-    model = models.build(config.model).to(device)
+    model = models.build(config.model)
+    load_initial(config, model)
+    model.to(device)
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
         model.towers,
@@ -139,7 +142,7 @@ def use_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 def token_weights(config: TrainConfig, model: models.Retriever) -> Tensor:
     """Class weights of the caption loss, V."""
-    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS)
+    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS) if config.losses.caption else []
     return losses.token_weights(model.clip.vocab_size, frequent, config.losses.frequent_weight)
 
 

@@ -19,11 +19,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from common import config as configs
 from common import logs, ray_address, shards, storage
 from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
-from training import models, tracking
+from training import tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import check_frames, sample_order
 from training.driver import only_driver, with_driver
 from training.failures import TellFailures, without_traceback
+from training.start import check_model
 from training.weights import best_url, run_url
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
             dataset.split(split)
     sample_order(config, dataset)
     check_frames(config, config.data.dataset, dataset, config.data.train[0], config.eval.views)
-    models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
+    check_model(config)
     storage.check_writable(run)
     with only_driver(run):
         check_identity(config, run, dataset_sha256)
@@ -187,6 +188,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """
     configs.refuse_relative_in_job(config, *PATHS)
     paths = {"run.storage": config.run.storage, "data.dataset": config.data.dataset, "data.cache": config.data.cache}
+    if config.model.init_from is not None:
+        paths["model.init_from"] = config.model.init_from
     changes = {key: storage.absolute(value) for key, value in paths.items()}
     for key, value in {"model.backbone": config.model.backbone, "model.pretrained": config.model.pretrained}.items():
         if value and not storage.is_s3(value) and Path(value).expanduser().is_file():

@@ -107,6 +107,21 @@ def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
     assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
 
 
+def test_new_training_starts_from_old_weights(tiny: TrainConfig):
+    torch.manual_seed(7)
+    old, url = models.build(tiny.model), run_url(apply(tiny, {"run.name": "old"}))
+    save_best(url, old, 1, {})
+    storage.publish_bytes(dump(tiny).encode(), storage.join(url, "config.yaml"))
+    config = apply(tiny, {"optim.steps": 0, "model.init_from": url})
+    train(config)
+    kept = load_run(run_url(config))[1].state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in old.state_dict().items())
+    with pytest.raises(RunError, match=r"model\.init_from was .*, is null"):
+        train(apply(config, {"model.init_from": None}))
+    with pytest.raises(ConfigError, match=r"does not fit the model: prompt_cube is \[6, 6, 64\] there"):
+        train(apply(config, {"run.name": "other", "model.num_prompts": 3}))  # by the driver, before any worker
+
+
 def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig, tmp_path: Path):
     vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
     config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})
