@@ -42,7 +42,7 @@ def tokenizer(backbone: str, max_tokens: int, is_padded: bool = False) -> Callab
 
 
 def detokenizer(backbone: str) -> Callable[[list[int]], str]:
-    """A function from ids of CLIP's vocabulary, without start and end, to the sentence, in lower case as that has it."""
+    """A function from ids of CLIP's vocabulary, without start and end, to the sentence, in its lower case."""
     found = register(backbone)
     assert "CLIP's tokenizer" in found.traits, "a caption head is refused on any other"
     decode = _clips(found, found.context).decode
