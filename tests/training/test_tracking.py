@@ -68,10 +68,11 @@ def test_an_upload_that_hangs_is_given_up():
         _within(100, lambda: {}["x"], "the upload of x")
 
 
-def test_a_checkpoints_upload_has_a_deadline(monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoints_upload_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Seen to fail where the upload waits as long as it takes."""
+    (tmp_path / "state.pt").touch()
     monkeypatch.setattr(storage, "publish", lambda path, url: time.sleep(60))
-    checkpoint: Any = SimpleNamespace(path="nowhere")
+    checkpoint: Any = SimpleNamespace(path=tmp_path)
     with pytest.raises(StorageError, match=r"the upload of s3://x/checkpoint_7 did not end within"):
         _upload("s3://x", 0.2, checkpoint, "checkpoint_7")
 
