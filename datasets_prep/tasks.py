@@ -50,7 +50,9 @@ def run(
     failures: Counter[int] = Counter()
     running: dict[Any, int] = {}
     if not _room(cpus):
-        raise ConfigError(f"cpus_per_task={cpus} is more than any Ray node has: lower it")
+        raise ConfigError(
+            f"a task of {cpus} CPUs fits on no Ray node: lower cpus_per_task, or video.threads without it"
+        )
     while waiting or running:
         limit = min(workers or sys.maxsize, max(1, _room(cpus)))  # nodes come and go
         while waiting and len(running) < limit and waiting[0][0] <= time.monotonic():

@@ -17,11 +17,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from common import storage
 from common.errors import DataError
 from datasets_prep.config import CustomConfig
 from datasets_prep.plan import Clip
-from datasets_prep.sources.annotations import clean
+from datasets_prep.sources.annotations import clean, read_text
 from datasets_prep.sources.files import VideoFiles
 
 log = logging.getLogger(__name__)
@@ -95,10 +94,7 @@ def _merge(first: Line, second: Line) -> Line:
 
 
 def _lines(annotations: str) -> Iterator[Line]:
-    try:
-        text = storage.read(annotations).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{annotations} is not UTF-8 text: save it as UTF-8") from None
+    text = read_text(annotations)
     rows = _csv_rows(annotations, text) if annotations.endswith(".csv") else _jsonl_rows(annotations, text)
     ignored: set[str] = set()
     for where, row in rows:

@@ -147,9 +147,13 @@ def test_bad_configs_are_one_line(
     assert message in told[0]
 
 
-def test_cpus_that_no_node_has(annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster) -> None:
-    with pytest.raises(configs.ConfigError, match=r"cpus_per_task=1000 is more than any Ray node has"):
-        build_custom(tmp_path / "out", annotate(GOOD), videos, "cpus_per_task=1000")
+@pytest.mark.parametrize("override", ["cpus_per_task=1000", "video.threads=1000"])
+def test_cpus_that_no_node_has(
+    annotate: Annotate, videos: Path, tmp_path: Path, ray_local: RayCluster, override: str
+) -> None:
+    """A task asks for as many as its ffmpeg has threads."""
+    with pytest.raises(configs.ConfigError, match=r"a task of 1000 CPUs fits on no Ray node: lower cpus_per_task"):
+        build_custom(tmp_path / "out", annotate(GOOD), videos, override)
 
 
 @pytest.mark.parametrize(
