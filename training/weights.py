@@ -58,6 +58,16 @@ def load_best(run: str, model: Retriever) -> dict[str, Any]:
     return {"step": int(header["step"]), "metrics": json.loads(header["metrics"])}
 
 
+def best_scores(run: str) -> tuple[int, dict[str, float]] | None:
+    """The step of `best/` and its validation metrics, from the file's header alone; None if there is none."""
+    try:
+        length = int.from_bytes(storage.read_range(best_url(run), 0, 8), "little")  # safetensors' format
+        header = json.loads(storage.read_range(best_url(run), 8, length))["__metadata__"]
+    except NotFoundError:
+        return None
+    return int(header["step"]), json.loads(header["metrics"])
+
+
 def load_config(run: str) -> TrainConfig:
     """The configuration of a run by its folder or config.yaml. Raises RunError, ConfigError."""
     url = run if run.endswith(".yaml") else storage.join(run, "config.yaml")
