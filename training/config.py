@@ -42,6 +42,9 @@ class LossConfig(Settings):
     frame_contrastive: float = Field(
         0.0, ge=0, description="weight of the contrastive loss of captions and single frames (beyond the paper)"
     )
+    temperature: float | None = Field(
+        None, ge=0.01, description="temperature that training starts from; null = the backbone's (OpenAI's CLIP: 0.01)"
+    )
     caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
 
     @property

@@ -6,6 +6,7 @@ Decisions depend on the step number only, so every rank makes the same ones.
 import functools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     run = weights.run_url(config)
 
     model = models.build(config.model).to(device)
+    if config.losses.temperature is not None:
+        model.clip.logit_scale.data.fill_(-math.log(config.losses.temperature))
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
         model.towers,

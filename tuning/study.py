@@ -6,6 +6,7 @@ study again goes on with it, whatever was killed: what has ended stays as it is,
 checkpoints. With more `trials` it grows, with a larger `max_failures` failed trials are started once more.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from tuning.config import STUDIES, StudyConfig
 from tuning.records import Records, front, ranked
 from tuning.reports import Reports
 from tuning.space import resolve, trial_config
-from tuning.table import LiveTable, summary, table
+from tuning.table import LiveTable, table
 from tuning.trials import Source, Trials, run_name
 
 log = logging.getLogger(__name__)
@@ -59,40 +60,47 @@ def run(study: StudyConfig) -> dict[str, Any]:
         for record in records:
             if record.status == "failed" and record.failures <= study.max_failures:
                 record.status = "running"
-        _tuner(study, base, folder, parent, records).fit()
-        return _end(study, base, folder, parent, records, dataset_sha256)
+        trials = Trials(study, base, records)
+        _tuner(trials, folder, parent).fit()
+        result = _result(trials, dataset_sha256)
+        _publish(trials, result, folder, parent)
+    if result["is_over"] and not result["best"]:
+        reasons = "; ".join(sorted({str(record.error) for record in records}))
+        raise RunError(f"all {len(records)} trials of study {study.name} failed: {reasons}")
+    return result
 
 
-def _end(
-    study: StudyConfig, base: TrainConfig, folder: str, parent: str | None, records: Records, dataset_sha256: str
-) -> dict[str, Any]:
-    """Publish the result and its report, tell MLflow, and return the result."""
+def _result(trials: Trials, dataset_sha256: str) -> dict[str, Any]:
+    """What study.json holds."""
+    study, records = trials.study, trials.records
     best = front(study, records) if study.cost else ranked(study, records)[:1]
-    is_over = all(record.status != "running" for record in records)
-    result = {
+    return {
         "study": study.name,
         "metric": study.metric,
         "mode": study.mode,
         "cost": study.cost,
-        "dataset": base.data.dataset,
+        "dataset": trials.base.data.dataset,
         "dataset_sha256": dataset_sha256,
-        "is_over": is_over,
+        "is_over": trials.is_over,
         "best": [record.number for record in best],
-        "trials": summary(study, records),
+        "trials": [{**dataclasses.asdict(record), "metric": record.metric(study)} for record in records],
     }
+
+
+def _publish(trials: Trials, result: dict[str, Any], folder: str, parent: str | None) -> None:
+    """study.json and study.html, the table on the terminal, and the tags in MLflow."""
+    study, base, records = trials.study, trials.base, trials.records
     storage.publish_bytes(json.dumps(result, indent=2).encode(), storage.join(folder, RESULT))
     page = report.render(study, base, records).encode()
     storage.publish_bytes(page, storage.join(folder, REPORT))
     print(table(study, base, records), flush=True)
-    tracking.study_ended(study, base, parent, list(records), best, is_over)
-    with tempfile.TemporaryDirectory() as local:
-        (Path(local) / REPORT).write_bytes(page)
-        if parent is not None:
+    by_number = {record.number: record for record in records}
+    best = [by_number[number] for number in result["best"]]
+    tracking.study_ended(study, base, parent, records, best, trials.is_over)
+    if parent is not None:
+        with tempfile.TemporaryDirectory() as local:
+            (Path(local) / REPORT).write_bytes(page)
             log_artifact(folder, Path(local) / REPORT)
-    if is_over and not best:
-        reasons = "; ".join(sorted({str(record.error) for record in records}))
-        raise RunError(f"all {len(records)} trials of study {study.name} failed: {reasons}")
-    return result
 
 
 def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:
@@ -112,7 +120,9 @@ def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:
         )
 
 
-def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | None, records: Records) -> tune.Tuner:
+def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
+    study, base = trials.study, trials.base
+
     def trial(start: dict[str, Any]) -> None:
         config = trial_config(study, base, json.loads(start["values"]))
         config = configs.apply(config, {"run.name": run_name(study, start["number"])})
@@ -129,14 +139,13 @@ def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | Non
     # A trial's driver only waits: a share of a CPU would keep its own workers from fitting. It lives on the head, so
     # the loss of another node costs no more than workers, which Ray Train starts again.
     place = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
-    trials = Trials(study, base, records)
     return tune.Tuner(
         tune.with_resources(trial, place),
         tune_config=tune.TuneConfig(
             search_alg=Source(trials), scheduler=trials, num_samples=-1, time_budget_s=study.time_budget_s
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=folder, verbose=0, callbacks=[LiveTable(study, base, records)]
+            name="tune", storage_path=folder, verbose=0, callbacks=[LiveTable(study, base, trials.records)]
         ),
     )
 

@@ -1,6 +1,5 @@
 """The study on the terminal: its trials, the best one first, shown again as they change."""
 
-import dataclasses
 import json
 import time
 from typing import Any
@@ -81,8 +80,3 @@ def values_of(record: Record) -> str:
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={json.dumps(value)}"
         for key, value in record.values.items()
     )
-
-
-def summary(study: StudyConfig, records: Records) -> list[dict[str, Any]]:
-    """The trials as plain data, for study.json."""
-    return [{**dataclasses.asdict(r), "metric": r.metric(study)} for r in records]

@@ -8,7 +8,7 @@ from common.errors import NotFoundError
 from training import tracking
 from training.config import TrainConfig
 from tuning.config import StudyConfig
-from tuning.records import Record
+from tuning.records import Record, Records
 
 
 def trial_ended(study: StudyConfig, base: TrainConfig, record: Record) -> None:
@@ -27,7 +27,7 @@ def trial_ended(study: StudyConfig, base: TrainConfig, record: Record) -> None:
 
 
 def study_ended(
-    study: StudyConfig, base: TrainConfig, parent: str | None, records: list[Record], best: list[Record], is_over: bool
+    study: StudyConfig, base: TrainConfig, parent: str | None, records: Records, best: list[Record], is_over: bool
 ) -> None:
     """Tag the best trials, or those of the Pareto front, as such, and end the study's run."""
     for record in records:

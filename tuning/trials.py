@@ -57,6 +57,7 @@ class Trials(FIFOScheduler):
         super().__init__()
         self.study, self.base, self.records = study, base, records
         self.starts: dict[str, Start] = {}  # by Tune's id
+        self.is_over = False
 
     def next(self, tune_id: str) -> dict[str, Any] | str | None:
         """The next start, None if there is no room for one, or Searcher.FINISHED."""
@@ -66,17 +67,18 @@ class Trials(FIFOScheduler):
         waiting = (r for r in self.records if r.status == "running" and r.number not in live)
         record = next(waiting, None) or self._new()
         if record is None:
-            return None if live else Searcher.FINISHED
+            self.is_over = not live
+            return Searcher.FINISHED if self.is_over else None
         self.starts[tune_id] = Start(record, record.seconds)
         return {"number": record.number, "values": json.dumps(record.values)}
 
     def _new(self) -> Record | None:
-        number = len(self.records)
-        if self.study.trials is not None and number >= self.study.trials:
+        if self.study.trials is not None and len(self.records) >= self.study.trials:
             return None
         values = propose(self.study, self.base, self.records)
         if values is None:
             return None
+        number = max((record.number for record in self.records), default=-1) + 1
         config = trial_config(self.study, self.base, values)
         run = storage.join(self.base.run.storage, run_name(self.study, number))
         cost = inference_cost(self.study.cost, config) if self.study.cost else 0.0
