@@ -51,7 +51,7 @@ def ray_says() -> list[list[bool]]:
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_asha_is_rays_and_remembers(tmp_path: Path, restart: bool) -> None:
-    """Seen to fail, for the restart, where only the trial's own reports were replayed."""
+    """Seen to fail where only the trial's own reports were replayed."""
     found = decisions(tmp_path, restart, "scheduler=asha")
     assert found == ray_says()
     assert [any(stops) for stops in found] == [False, True, False, True, False, True, True]
