@@ -16,6 +16,7 @@ HIGHER_IS_BETTER = ("r1", "r5", "r10", "v2t_r1", "v2t_r5", "v2t_r10", "rsum", "o
 LOWER_IS_BETTER = ("mdr", "mnr", "v2t_mdr", "v2t_mnr")  # ranks
 METRICS = (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)
 SET_BY_STUDY = ("run", "tracking")
+SIZES = ("num_workers", "cpus_per_worker", "gpus_per_worker", "use_gpu", "autoscale")
 MAX_GRID_VALUES = 1000
 
 Number = int | float
@@ -137,6 +138,9 @@ class StudyConfig(Settings):
             for key in keys:
                 if key.split(".")[0] in SET_BY_STUDY:
                     raise ValueError(f"{where}: {key} is set by the study: use its name, storage and tracking")
+        for key in (f"workers.{size}" for size in SIZES):
+            if key in self.space:
+                raise ValueError(f"space: trials share the cluster by {key}, so it is one for all: set it in overrides")
         both = sorted({*self.overrides} & {*self.space})
         if both:
             raise ValueError(f"{both[0]} is both in overrides and in space: remove one")

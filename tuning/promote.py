@@ -40,10 +40,14 @@ def promote(config: PromoteConfig) -> Path:
     header = _header(result, trial)
     if config.confirm:
         header += confirmed(config, result, trial, settings)
-    # Where a trial was written, tracked and cached is the study's business, not the preset's.
-    changes = {"run": {"name": config.preset, "storage": "runs"}, "tracking": TrackingConfig().model_dump(mode="json")}
-    cache = DataConfig.model_fields["cache"].default
-    settings = configs.apply(settings, {**changes, "data.cache": cache})
+    changes = {  # where and on what a trial ran is the study's business, not the preset's
+        "run": {"name": config.preset, "storage": "runs"},
+        "workers": result["workers"],
+        "tracking": TrackingConfig().model_dump(mode="json"),
+        "data.cache": DataConfig.model_fields["cache"].default,
+        **{key: value for key, value in trial["values"].items() if key.startswith("workers.")},
+    }
+    settings = configs.apply(settings, changes)
     try:
         storage.publish_bytes((header + configs.dump(settings)).encode(), str(path), if_none_match=True)
     except AlreadyExistsError:

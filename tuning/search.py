@@ -6,6 +6,7 @@ the records hold, also after a restart.
 
 import itertools
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,18 +16,15 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from common.errors import ConfigError
 from training.config import TrainConfig
 from tuning.config import Domain, StudyConfig
 from tuning.records import Record, Records
 from tuning.space import combinations, domain_of, trial_config
 
 MAX_DRAWS = 50  # of values that are all known already
-STATES = {
-    "running": TrialState.RUNNING,
-    "finished": TrialState.COMPLETE,
-    "stopped": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-}
+STATES = {"running": TrialState.RUNNING, "finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -34,8 +32,11 @@ def propose(study: StudyConfig, base: TrainConfig, records: Records) -> dict[str
     """Values for one more trial, whose configuration no trial before it has; None if there are no others."""
     known = {_identity(study, base, r.values) for r in records}
     for values in itertools.chain(_drawn(study, records), _grid(study)):
-        if _identity(study, base, values) not in known:
-            return values
+        try:
+            if _identity(study, base, values) not in known:
+                return values
+        except ConfigError as error:  # of a space that is too large to have been checked whole
+            log.warning("not drawn: %s", error)
     return None
 
 
@@ -90,12 +91,9 @@ def _frozen(study: StudyConfig, record: Record) -> FrozenTrial:
     is_known = metric is not None and record.status in ("finished", "stopped")
     values = [metric or 0.0, *([record.cost] if study.cost else [])] if is_known else None
     reports = {} if study.cost else {int(r["step"]): r[study.metric] for r in record.reports}
+    state = STATES[record.status] if is_known or record.status == "running" else TrialState.FAIL
     return create_trial(
-        state=STATES[record.status],
-        values=values,
-        params=params,
-        distributions=distributions,
-        intermediate_values=reports,
+        state=state, values=values, params=params, distributions=distributions, intermediate_values=reports
     )
 
 
@@ -103,7 +101,7 @@ def _suggested(trial: optuna.Trial, key: str, domain: Domain) -> Any:
     name, distribution = _name(key, domain), _distribution(domain)
     if isinstance(distribution, CategoricalDistribution):
         drawn = trial.suggest_categorical(name, distribution.choices)
-        return next(v for v in domain.choice or [] if label(v) == drawn and type(label(v)) is type(drawn))
+        return next(value for value in domain.choice or [] if label(value) == drawn)
     if isinstance(distribution, IntDistribution):
         return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
     assert isinstance(distribution, FloatDistribution)

@@ -24,7 +24,7 @@ from common.errors import NotFoundError, RunError, exit_with
 from training.config import TrainConfig
 from training.driver import only_driver
 from training.tracking import find_or_create, log_artifact
-from training.train import connect, train, with_absolute_paths
+from training.train import connect, scaling, train, with_absolute_paths, with_loaders
 from tuning import report, tracking
 from tuning.config import STUDIES, StudyConfig
 from tuning.records import Records, front, ranked
@@ -52,6 +52,7 @@ def run(study: StudyConfig) -> dict[str, Any]:
     storage.check_writable(folder)
     if not ray.is_initialized():
         connect()
+    scaling(base)  # a trial that can never fit is refused here; later the cluster may be short of a node for a while
     with only_driver(folder):
         check_identity(study, base, folder)
         storage.publish_bytes(configs.dump(study).encode(), storage.join(folder, PRESET))
@@ -81,6 +82,7 @@ def _result(trials: Trials, dataset_sha256: str) -> dict[str, Any]:
         "cost": study.cost,
         "dataset": trials.base.data.dataset,
         "dataset_sha256": dataset_sha256,
+        "workers": trials.base.workers.model_dump(mode="json"),
         "is_over": trials.is_over,
         "best": [record.number for record in best],
         "trials": [{**dataclasses.asdict(record), "metric": record.metric(study)} for record in records],
@@ -122,10 +124,11 @@ def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:
 
 def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
     study, base = trials.study, trials.base
+    patient = {"workers.autoscale": True, "workers.loader_workers": with_loaders(base).workers.loader_workers}
 
     def trial(start: dict[str, Any]) -> None:
         config = trial_config(study, base, json.loads(start["values"]))
-        config = configs.apply(config, {"run.name": run_name(study, start["number"])})
+        config = configs.apply(config, {**patient, "run.name": run_name(study, start["number"])})
         train(config, callbacks=[Reports()], parent=parent)
 
     # Tune would copy the driver's AWS keys into each trial's runtime environment, which the dashboard shows.
@@ -135,6 +138,8 @@ def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records and MLflow have it all
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tracebacks; Trials tells the reason
         "RAY_AIR_NEW_OUTPUT": "0",  # prints a table of its own, even if asked not to
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the study would wait for minutes while MLflow is out
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
     # A trial's driver only waits: a share of a CPU would keep its own workers from fitting. It lives on the head, so
     # the loss of another node costs no more than workers, which Ray Train starts again.
@@ -142,7 +147,11 @@ def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
     return tune.Tuner(
         tune.with_resources(trial, place),
         tune_config=tune.TuneConfig(
-            search_alg=Source(trials), scheduler=trials, num_samples=-1, time_budget_s=study.time_budget_s
+            search_alg=Source(trials),
+            scheduler=trials,
+            num_samples=-1,
+            time_budget_s=study.time_budget_s,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
             name="tune", storage_path=folder, verbose=0, callbacks=[LiveTable(study, base, trials.records)]

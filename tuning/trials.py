@@ -16,6 +16,7 @@ from ray import cloudpickle
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from common import config as configs
 from common import storage
 from common.errors import ConfigError, RunError, TryAgainError, told
 from training.config import TrainConfig
@@ -101,19 +102,19 @@ class Trials(FIFOScheduler):
         return self.STOP if record.status == "stopped" else self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        start = self.starts.pop(trial.trial_id)
+        start = self.starts[trial.trial_id]
         record = start.record
         start.count(result)
         if record.status != "stopped" and read_result(record.run) is not None:
             record.status, record.error = "finished", None
             self._add_missing_report(record)
-        self._ended(record)
+        self._ended(trial.trial_id)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        start = self.starts.pop(trial.trial_id)
+        start = self.starts[trial.trial_id]
         record = start.record
         start.count({})
-        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+        error = _error_of(trial)
         known = told(error)
         record.error = str(known or str(error).strip().splitlines()[-1])
         record.failures += 1
@@ -121,10 +122,9 @@ class Trials(FIFOScheduler):
             record.failures = self.study.max_failures + 1  # it would fail alike
         if record.failures > self.study.max_failures:
             record.status = "failed"
-        log.warning(
-            "trial %s %s: %s", record.name, "failed" if record.status == "failed" else "is started again", record.error
-        )
-        self._ended(record)
+        then = "it is given up" if record.status == "failed" else "it is started again"
+        log.warning("a start of trial %s failed, %s: %s", record.name, then, record.error)
+        self._ended(trial.trial_id)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self.starts.pop(trial.trial_id)
@@ -138,9 +138,11 @@ class Trials(FIFOScheduler):
             record.reports.append({"step": step, **metrics, "time": time.time(), "worker_s": record.worker_s})
             record.reports.sort(key=lambda report: report["step"])
 
-    def _ended(self, record: Record) -> None:
+    def _ended(self, tune_id: str) -> None:
+        record = self.starts[tune_id].record
         self.records.save(record)
         tracking.trial_ended(self.study, self.base, record)
+        del self.starts[tune_id]
 
 
 class Source(Searcher):
@@ -164,7 +166,16 @@ def run_name(study: StudyConfig, number: int) -> str:
     return f"{study.name}-{number:04d}"
 
 
+def _error_of(trial: Any) -> Exception:
+    """What a start of a trial died of, as Tune has written it down."""
+    if trial.pickled_error_file is None:
+        return RuntimeError(Path(trial.error_file).read_text())
+    error: Exception = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return error
+
+
 def room(base: TrainConfig) -> int:
-    """How many trials the cluster holds now. Raises ConfigError if not even one."""
-    needed, there = scaling(base).total_resources, ray.cluster_resources()
+    """How many trials the cluster holds now, at least one: a node that was lost may come back."""
+    patient = configs.apply(base, {"workers.autoscale": True})
+    needed, there = scaling(patient).total_resources, ray.cluster_resources()
     return max(1, int(min(there.get(name, 0) // amount for name, amount in needed.items() if amount)))

@@ -67,6 +67,8 @@ FRAMES = '"model.num_frames": {"choice": [6, 12]}'
         ("metric=order", r"eval.twins=true"),
         ("mode=min", r"mode=min looks for the worst rsum"),
         ("base=tinny", r"unknown preset 'tinny', did you mean 'tiny'"),
+        ('space={"workers.num_workers": {"choice": [1, 2]}}', r"trials share the cluster by workers.num_workers"),
+        ("overrides.workers.gpus_per_worker=0.5", r"workers.gpus_per_worker=0.5 needs workers.num_workers=1"),
         ("searcher=grid", r"searcher=grid cannot list model.cube_init_std"),
         ("trials=null", r"trials is required with searcher=random"),
     ],

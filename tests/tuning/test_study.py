@@ -123,7 +123,11 @@ def test_promote(folder: Path, result: Result) -> None:
         assert key in path.read_text().split("\nrun:")[0]
         section, name = key.split(".")
         assert config.model_dump()[section][name] == value
-    assert config.run.name == "winner" and str(folder) not in config.tracking.uri + config.data.cache
+    assert (
+        config.run.name == "winner"
+        and not config.workers.autoscale
+        and str(folder) not in config.tracking.uri + config.data.cache
+    )
     with pytest.raises(ConfigError, match=r"winner.yaml already exists"):
         promote(chosen)
     with pytest.raises(RunError, match="trial=9 has no result in study tiny; those that have: 0, 1, 2, 3"):
