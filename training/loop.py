@@ -6,6 +6,7 @@ Decisions depend on the step number only, so every rank makes the same ones.
 import functools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         settings: {"config": TrainConfig as plain data, "metric_log": handle of tracking.MetricLog or None}.
     """
     config = TrainConfig.model_validate(settings["config"])
+    began = time.monotonic()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     logs.setup(rank)
@@ -51,6 +53,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
 
     model = models.build(config.model)
     load_initial(config, model)
+    if config.losses.temperature is not None:
+        model.clip.logit_scale.data.fill_(-math.log(config.losses.temperature))
     model.to(device)
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
@@ -108,11 +112,12 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
                 if rank == 0:
                     weights.save_best(run, state.best, done, scores)
         position = position._replace(step=done)
+        reported = {"step": done, "loop_s": time.monotonic() - began, **scores}
         if is_saved:
             in_background = not (last or is_draining)
-            checkpoint.report(config, state, position, {"step": done, **scores}, in_background)
+            checkpoint.report(config, state, position, reported, in_background)
         elif scores:
-            ray.train.report({"step": done, **scores})
+            ray.train.report(reported)
 
     if rank == 0 and position.best is None:  # no validation split, or no step to take
         weights.save_best(run, state.best, position.step, {})

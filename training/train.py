@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, ray_address, shards, storage
-from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
+from common.errors import ConfigError, NotFoundError, RunError, TryAgainError, exit_with, told
 from training import tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import check_frames, sample_order
@@ -117,7 +117,7 @@ def _of_the_controller(error: Exception) -> Exception:
     """Ray's controller keeps its list of checkpoints in the run's storage, and does not wait for it."""
     if isinstance(error, ControllerError):
         reason = str(error).strip().splitlines()[-1]
-        return RunError(f"Ray's controller failed ({reason}): start the same command again to go on")
+        return TryAgainError(f"Ray's controller failed ({reason}): start the same command again to go on")
     return error
 
 
@@ -129,7 +129,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1
     least = num_workers if isinstance(num_workers, int) else num_workers[0]
     cpus = workers.cpus_per_worker or (workers.loader_workers or 0) + 1
-    resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
+    resources = {"CPU": cpus, "GPU": workers.gpus_per_worker} if use_gpu else {"CPU": cpus}
     for name, needed in resources.items():
         there = ray.cluster_resources().get(name, 0)
         if least * needed > there and not workers.autoscale:
