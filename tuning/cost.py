@@ -15,7 +15,7 @@ def inference_cost(kind: str, config: TrainConfig) -> float:
     """
     if kind == "images":
         return float(config.eval.views * config.model.num_frames)
-    return config.eval.views * _gflop_of_clip(config.model.model_copy(update={"pretrained": None}))
+    return config.eval.views * _gflop_of_clip(config.model)
 
 
 @functools.lru_cache(maxsize=256)
@@ -30,8 +30,8 @@ def _gflop_of_clip(config: ModelConfig) -> float:
 
     from training import models
 
-    model = models.build(config).eval().requires_grad_(False)
-    size = models.image_size_of(config.backbone)
+    model = models.build(config, load=False).eval().requires_grad_(False)
+    size = models.image_size(config)
     frames_BFCHW = torch.zeros(1, config.num_frames, 3, size, size, dtype=torch.uint8)
     fast, lstm, attention = torch.backends.mha, torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH)
     was_fast = fast.get_fastpath_enabled()
