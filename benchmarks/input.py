@@ -211,7 +211,7 @@ def summary(rows: list[dict[str, Times]], clips: int, sizes: dict[str, float], c
         lines += [f"{s}: {rounds.spread([clips / row[s][span] for row in rows])} clips/s {name}" for s in rows[0]]
     for span, name in SPANS.items():
         for ours, other in PAIRS:
-            if other in rows[0]:
+            if {ours, other} <= rows[0].keys():
                 ratios = [row[other][span] / row[ours][span] for row in rows]
                 lines.append(f"{ours} / {other}: {rounds.spread(ratios)} {name}")
     rate = config.clips_per_gpu
