@@ -1,12 +1,14 @@
 """Every kind of tower: its interface is open_clip's own, methods train on it, what won't do is refused by name."""
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer, processors
 from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import Metaspace
@@ -18,6 +20,7 @@ from cluster.submit import check
 from common import config as configs
 from common.config import apply, dump, validate
 from common.errors import ConfigError
+from tests.conftest import REPOSITORY
 from tests.training.test_metrics import infos
 from tests.training.towers import TOWERS, write
 from training import models, optim, weights
@@ -25,6 +28,7 @@ from training.backbone import find
 from training.config import PRESETS, TrainConfig
 from training.data.loader import EvalBatch
 from training.encode import evaluate
+from training.model_config import ModelConfig
 from training.models import clip as clip_tower
 from training.models import timm_tower
 from training.start import check_model
@@ -320,3 +324,34 @@ def test_pixels_are_normalised_as_a_tag_was_trained_also_without_its_weights() -
         with torch.device("meta"):
             clip = clip_tower.build_clip("ViT-L-14", tag, load=False)
         assert clip.visual.image_mean[0] == mean
+
+
+# The columns of the table in docs/backbones.md, with what asks for each.
+COLUMNS: dict[str, list[dict]] = {
+    "image prompts": [METHODS["mean_pool"], METHODS["vop^f+p"], {"name": "prompt_switch"}, METHODS["xpool"]],
+    "text prompts": [{"name": "vop"}],
+    "CLS": [METHODS["vop^c"], METHODS["token_shift"]],
+    "Video Proxy": [METHODS["clip_vip"]],
+    "captions": [{"name": "prompt_switch", "captioner": {"layers": 2}}],
+    "temporal": [METHODS["seq_transf"]],
+    "X-CLIP": [{"name": "mean_pool", "scorer": {"name": "xclip"}}],
+}
+ROWS = [
+    (name, dict(zip(COLUMNS, cells[3:], strict=True)))
+    for line in (REPOSITORY / "docs" / "backbones.md").read_text().splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 3 + len(COLUMNS) and "yes" in cells
+    for name in re.findall(r"`([^`-][^`]+)`", cells[0])
+]
+
+
+@pytest.mark.parametrize(("backbone", "cells"), ROWS)
+def test_the_documents_table_is_what_is_refused(backbone: str, cells: dict[str, str]) -> None:
+    kinds = TypeAdapter(ModelConfig)
+    for column, methods in COLUMNS.items():
+        for method in methods:
+            given = {**method, "backbone": backbone}
+            if cells[column] == "yes":
+                assert kinds.validate_python(given).backbone == backbone
+            else:
+                with pytest.raises(ValidationError, match=f"needs .*{backbone} has not: choose another"):
+                    kinds.validate_python(given)
