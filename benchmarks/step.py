@@ -12,6 +12,7 @@ arithmetic. On a GPU the first three run under bf16 autocast. Rounds are kept in
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -119,10 +120,12 @@ def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callabl
 def operations(act: Callable[[], object]) -> int:
     """Two for each multiply-add, forward and backward, as torch counts them.
 
-    Attention in plain products: it knows the GPUs' fused kernels, but not the CPU's.
+    Attention and LSTMs in plain products: it knows the GPUs' fused kernels, but not the CPU's.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        act()
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        warnings.simplefilter("ignore")  # of the flags' return to what they were
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            act()
     return counter.get_total_flops()
 
 

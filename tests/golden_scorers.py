@@ -25,6 +25,7 @@ from training.models.xclip import XClip
 from training.models.xpool import XPool
 
 S = TypeVar("S", bound=Scorer)
+ROUNDING = 2e-6  # of a difference of two float32 scores within (-1, 1)
 
 
 def scorer_of(golden: Golden, config: ScorerConfig, clip: torch.nn.Module, kind: type[S]) -> S:
@@ -108,6 +109,7 @@ def ts2net(golden: Golden) -> Values:
         frames_BFD = model.in_time(selected_BFnD)
         found |= {f"out.{end}indicator": indicator_BFkP, f"out.{end}selected": selected_BFnD}
         found |= {f"out.{end}similarity": scale * scorer(query_TQD, frames_BFD), f"out.{end}frame_outputs": frames_BFD}
+    found["out.hard.similarity"] = scale * scorer(query_TQD, model.eval().frame_features(inputs["video"]))
     for end, masking in (("masked", other), ("maskfixed", model)):
         padded_BFD = masking.in_time(found["out.hard.selected"], inputs["video_mask"])
         scores_TV = scorer.pairs(query_TQD, scorer.cached(padded_BFD), masking.frame_mask(inputs["video_mask"]))
@@ -140,6 +142,25 @@ def shifts(golden: Golden) -> Values:
     alone = {k.replace("shift_x", "out.shift_y"): v for k, v in golden.inputs.items() if k.startswith("shift_x")}
     alone = {k: shift_patches(v, golden.sizes["n_div"]) for k, v in alone.items()}
     return {**alone, "out.noshift.cls": unshifted.frame_features(golden.inputs["video"])}
+
+
+def undecided(golden: Golden, found: Values, references: Values) -> set[str]:
+    """What TS2-Net's selection decides, if rounding changed it: only where two scores at its edge are the same."""
+    if "out.indicator" not in references:
+        return set()
+    scores_BFSP = references["out.scores"][:, :, None, 1:]
+    noise_BFSP = golden.inputs["noise"].detach().unflatten(0, scores_BFSP.shape[:2])
+    changed = False
+    for end, drawn_BFSP in (("hard.", scores_BFSP), ("", scores_BFSP + golden.sizes["sigma"] * noise_BFSP)):
+        best_BFSk = drawn_BFSP.topk(golden.sizes["topk"] + 1).values
+        is_even_BF = (best_BFSk[..., -2] - best_BFSk[..., -1]).amin(-1) < ROUNDING
+        gap_BFkP = found[f"out.{end}indicator"].detach() - references[f"out.{end}indicator"]
+        differs_BF = gap_BFkP.abs().amax((-2, -1)) > ROUNDING
+        if (differs_BF & ~is_even_BF).any():
+            return set()
+        changed = changed or bool(differs_BF.any())
+    before = ("out.tokens", "out.scores", "out.noshift.", "out.shift_")
+    return {key for key in references if not key.startswith(before)} if changed else set()
 
 
 TEXT_CONDITIONED: dict[str, Callable[[Golden], Values]] = {"xpool": xpool, "xclip": xclip, "ts2net": ts2net}

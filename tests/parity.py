@@ -5,7 +5,8 @@ from the file. Prints the largest error per tensor in float64 and in float32 and
 1e-9 of the tensor's maximum, at least of 1; float32: outputs 2e-5 + 1e-4 relative, gradients 1e-4 of the tensor's
 maximum; X-CLIP, whose temperature of 0.01 acts twice, in float32: similarity and loss 3e-3, its terms 5e-4, gradients
 5e-3 of the tensor's maximum; a token shift alone: equality). Every `out.*` and `grad.*` of a file is compared; caption
-logits at the counted positions only.
+logits at the counted positions only, and in float32 not what TS2-Net selects, and all that follows, where rounding
+decided it.
 """
 
 import json
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from common.errors import ConfigError, exit_with
 from tests.golden import TWO_TOWER, Golden, Values
-from tests.golden_scorers import TEXT_CONDITIONED
+from tests.golden_scorers import TEXT_CONDITIONED, undecided
 from training.models.captioner import counted_positions
 
 METHODS = TWO_TOWER | TEXT_CONDITIONED
@@ -73,7 +74,12 @@ def compare(path: Path) -> bool:
     fits = True
     for dtype in (torch.float64, torch.float32):
         found = METHODS[method](in_precision(golden, dtype))
+        skipped = undecided(golden, found, references) if dtype == torch.float32 else set()
+        if skipped:
+            print(f"{path.name}  float32  two scores within rounding changed places; what that decides is left out")
         for key, reference in references.items():
+            if key in skipped:
+                continue
             value = found[key].detach().reshape(reference.shape)
             error = (value.double() - reference.double()).abs()
             ok = bool((error <= allowed(method, key, reference, dtype)).all())

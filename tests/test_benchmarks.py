@@ -114,7 +114,7 @@ def test_input_reports_the_sides_that_there_are() -> None:
 def test_saved_bytes_are_those_that_graphs_hold() -> None:
     """By hand. Seen to fail counting a storage once for each holder, parameters too, and all that was ever saved."""
     weight = torch.nn.Linear(4, 4, bias=False)
-    x = torch.randn(8, 4)  # 128 bytes
+    x = torch.randn(8, 4, requires_grad=True)  # 128 bytes
 
     def act() -> None:
         y = weight(x).exp()  # keeps x, and its result

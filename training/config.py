@@ -47,6 +47,9 @@ class LossConfig(Settings):
     frame_contrastive: float = Field(
         0.0, ge=0, description="weight of the contrastive loss of captions and single frames (beyond the paper)"
     )
+    temperature: float | None = Field(
+        None, ge=0.01, description="temperature that training starts from; null = the backbone's (OpenAI's CLIP: 0.01)"
+    )
     caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
 
     @property
@@ -128,6 +131,9 @@ class WorkerConfig(Settings):
         None, ge=0, description="decoding processes per rank; null = what a node has for each of its GPUs, 1 without"
     )
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs per rank; null = loader_workers + 1")
+    gpus_per_worker: float = Field(
+        1, gt=0, le=1, description="GPUs per rank; less than 1, for several runs on one GPU, needs num_workers=1"
+    )
     threads: PositiveInt = Field(1, description="torch threads per rank on CPU")
     bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")
     compile: bool = Field(False, description="torch.compile the towers: a minute at the start, then faster on GPUs")
@@ -204,8 +210,38 @@ class TrainConfig(Settings):
         ranks = self.workers.num_workers
         if isinstance(ranks, tuple) and ranks[0] > ranks[1]:
             raise ValueError(f"workers.num_workers={list(ranks)} is no range: write [least, most]")
+        if self.workers.gpus_per_worker < 1 and ranks != 1:  # NCCL takes a GPU for one rank only
+            raise ValueError(f"workers.gpus_per_worker={self.workers.gpus_per_worker:g} needs workers.num_workers=1")
         if not self.data.test and not self.data.val:
             raise ValueError("data.val and data.test are both null: nothing could be measured")
+        return self
+
+
+class CaptionConfig(Settings):
+    """How captions are written."""
+
+    beams: PositiveInt = Field(5, description="hypotheses kept of each caption while it is written; 1 = greedy")
+    max_tokens: int = Field(30, ge=3, description="longest caption, in tokens with start and end")
+    length_penalty: float = Field(
+        1.0, ge=0, description="hypotheses compete by log-probability / tokens ** this: 1 = mean of a token, 0 = sum"
+    )
+    output: str | None = Field(None, description=".jsonl file or URL for the captions; null = RUN/captions/SPLIT.jsonl")
+
+
+class CaptionRun(TrainConfig):
+    """A finished run whose caption head writes."""
+
+    captions: CaptionConfig = CaptionConfig()
+
+    @model_validator(mode="after")
+    def _check_captioner(self) -> Self:
+        if self.model.captioner is None:
+            raise ValueError(
+                f"run {self.run.name} was trained with model.captioner=null, so it can't write captions: give a run "
+                "with model.captioner and losses.caption"
+            )
+        if self.data.test is None:
+            raise ValueError("data.test=null names no split to write captions for: give data.test=SPLIT")
         return self
 
 
@@ -214,6 +250,9 @@ class EvaluateConfig(TrainConfig):
 
     report: str | None = Field(
         None, description="folder or s3:// URL for report.json and report.html; null = a new one in RUN/evaluations"
+    )
+    recall: str | None = Field(
+        None, description="two-tower run whose vectors find the candidates of eval.rerank_top; null = the run's own"
     )
     questions: str | None = Field(
         None, description="file of multiple-choice questions about the split's videos (docs/evaluation.md); null = none"
@@ -227,6 +266,12 @@ class EvaluateConfig(TrainConfig):
     resamples: PositiveInt = Field(1000, description="draws of the bootstrap over videos")
     confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
     examples: NonNegativeInt = Field(4, description="easiest, and hardest, queries shown with frames")
+
+    @model_validator(mode="after")
+    def _check_recall(self) -> Self:
+        if self.recall and not self.eval.rerank_top:
+            raise ValueError("recall needs eval.rerank_top, how many of what it finds are ranked again")
+        return self
 
     @field_validator("templates")
     @classmethod

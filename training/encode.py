@@ -4,6 +4,7 @@ Shapes: B videos, T texts, V videos of the split, F frames, D joint width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +25,25 @@ Tokenize = Callable[[list[str]], Tensor]
 TEXTS = 256  # sentences in a forward pass
 
 
+class Split(NamedTuple):
+    """A split as a model encodes it; the texts are the captions, video by video."""
+
+    texts: Features
+    videos: Features
+    infos: list[SampleInfo]
+
+
 def encode_clips(model: Retriever, frames_BFCHW: Tensor, views: int) -> Tensor:
-    """What the model keeps of videos given as `views` clips each, view by view along F: unit vectors BD, or frames.
+    """What the model keeps of videos given as `views` clips each: unit vectors BD, or what its scorer reads."""
+    return model.key(encode_views(model, frames_BFCHW, views))
+
+
+def encode_views(model: Retriever, frames_BFCHW: Tensor, views: int) -> VideoOut:
+    """Videos given as `views` clips each, view by view along F.
 
     Each view is a clip of its own to the encoder; the vector is pooled over the frames of all views, which is the
     official test protocol (12 frames through a 6-frame encoder) and a no-op for one view.
     """
-    return model.key(_video(model, frames_BFCHW, views))
-
-
-def _video(model: Retriever, frames_BFCHW: Tensor, views: int) -> VideoOut:
     video = model.towers.encode_video(frames_BFCHW.unflatten(1, (views, -1)).flatten(0, 1))
     frames_BFD, alone_BFD = (x.unflatten(0, (-1, views)).flatten(1, 2) for x in (video.frames_BFD, video.alone_BFD))
     return VideoOut(normalize(model.towers.pooled(frames_BFD), dim=-1), frames_BFD, alone_BFD)
@@ -59,12 +69,19 @@ def evaluation(
     config: EvalConfig,
     device: torch.device,
     asked: Choices | None = None,
+    first: Split | None = None,
 ) -> Evaluation:
-    """What `evaluate` sums up, query by query, and what else the videos are asked. A collective."""
+    """What `evaluate` sums up, query by query, and what else the videos are asked. A collective.
+
+    Args:
+        first: the same split by a two-tower model, whose vectors then find the candidates of `config.rerank_top`.
+    """
     was_training = model.training
-    model.eval()
-    videos, infos = encode_videos(model, batches, config.views, device)
-    texts = encode_texts(model, [c.text for info in infos for c in info.captions], tokenize, device)
+    model.eval()  # until the last score: a scorer has dropout too
+    texts, videos, infos = encode_split(model, batches, tokenize, config.views, device)
+    if first is not None:
+        assert [info.video_id for info in first.infos] == [info.video_id for info in infos]
+        texts, videos = texts._replace(vectors=first.texts.read), videos._replace(vectors=first.videos.read)
     found = measure(texts, videos, infos, config, model.score)
     if asked is not None and asked.sentences:
         features = encode_texts(model, asked.sentences, tokenize, device).read
@@ -73,16 +90,19 @@ def evaluation(
     return found
 
 
-def encode_videos(
-    model: Retriever, batches: Iterable[EvalBatch], views: int, device: torch.device
-) -> tuple[Features, list[SampleInfo]]:
-    """The videos of all ranks, each once. A collective."""
+@torch.no_grad()
+def encode_split(
+    model: Retriever, batches: Iterable[EvalBatch], tokenize: Tokenize, views: int, device: torch.device
+) -> Split:
+    """The videos of all ranks, each once, and their captions, by a model in evaluation mode. A collective."""
     parts, infos = [], []
     for batch in batches:
-        video = _video(model, batch.frames_BFCHW.to(device, non_blocking=True), views)
+        video = encode_views(model, batch.frames_BFCHW.to(device, non_blocking=True), views)
         parts.append(_kept(model, model.key(video), video.vector_BD))
         infos.extend(batch.videos)
-    return _gathered(parts), [info for part in gather_objects(infos) for info in part]
+    infos = [info for part in gather_objects(infos) for info in part]
+    texts = encode_texts(model, [c.text for info in infos for c in info.captions], tokenize, device)
+    return Split(texts, _gathered(parts), infos)
 
 
 def encode_texts(model: Retriever, sentences: Sequence[str], tokenize: Tokenize, device: torch.device) -> Features:

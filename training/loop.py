@@ -6,6 +6,7 @@ Decisions depend on the step number only, so every rank makes the same ones.
 import functools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -22,12 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from common import logs, retry, shards
 from common.errors import RunError
 from training import checkpoint, losses, models, optim, weights
-from training.choices import Choices
 from training.collectives import sum_over_ranks
 from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
-from training.encode import evaluate, evaluation
-from training.metrics import Evaluation
+from training.encode import evaluate
 from training.models.tokenizer import frequent_ids
 from training.start import load_initial
 from training.step import accumulate
@@ -43,6 +42,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         settings: {"config": TrainConfig as plain data, "metric_log": handle of tracking.MetricLog or None}.
     """
     config = TrainConfig.model_validate(settings["config"])
+    began = time.monotonic()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     logs.setup(rank)
@@ -53,6 +53,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
 
     model = models.build(config.model)
     load_initial(config, model)
+    if config.losses.temperature is not None:
+        model.clip.logit_scale.data.fill_(-math.log(config.losses.temperature))
     model.to(device)
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
@@ -110,11 +112,12 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
                 if rank == 0:
                     weights.save_best(run, state.best, done, scores)
         position = position._replace(step=done)
+        reported = {"step": done, "loop_s": time.monotonic() - began, **scores}
         if is_saved:
             in_background = not (last or is_draining)
-            checkpoint.report(config, state, position, {"step": done, **scores}, in_background)
+            checkpoint.report(config, state, position, reported, in_background)
         elif scores:
-            ray.train.report({"step": done, **scores})
+            ray.train.report(reported)
 
     if rank == 0 and position.best is None:  # no validation split, or no step to take
         weights.save_best(run, state.best, position.step, {})
@@ -123,27 +126,19 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
 
 def test_metrics(config: TrainConfig, model: models.Retriever, run: str, device: torch.device, metric_log: Any) -> dict:
     """Metrics of the best weights on the test split, measured once; on the validation split if there is no test."""
-    found, step = test_evaluation(config, model, run, device)
-    scores = found.metrics
-    if ray.train.get_context().get_world_rank() == 0:
-        log.info("%s: %s", config.data.test or config.data.val, show(scores))
-        if metric_log is not None:
-            metric_log.log.remote({f"test/{k}": v for k, v in scores.items()}, step)
-    return {**scores, "best_step": step}
-
-
-def test_evaluation(
-    config: TrainConfig, model: models.Retriever, run: str, device: torch.device, asked: Choices | None = None
-) -> tuple[Evaluation, int]:
-    """What is measured with the best weights, and the step that they are of. A collective."""
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     sum_over_ranks(torch.zeros(1, device=device))  # rank 0 has published best/ before anybody reads it
-    step = weights.load_best(run, model)["step"]
+    header = weights.load_best(run, model)
     split = config.data.test or config.data.val
     assert split is not None
     dataset, dataset_sha256 = retry.again(lambda: shards.read_dataset(config.data.dataset))
     batches = eval_loader(config, dataset, open_cache(config, dataset_sha256), split, rank, world_size)
-    return evaluation(model, batches, models.tokenize(config.model), config.eval, device, asked), step
+    scores = evaluate(model, batches, models.tokenize(config.model), config.eval, device)
+    if rank == 0:
+        log.info("%s: %s", split, show(scores))
+        if metric_log is not None:
+            metric_log.log.remote({f"test/{k}": v for k, v in scores.items()}, header["step"])
+    return {**scores, "best_step": header["step"]}
 
 
 def use_bf16(config: TrainConfig, device: torch.device) -> bool:

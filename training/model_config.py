@@ -9,7 +9,7 @@ from training.backbone import Trait, refusal
 
 
 class CaptionerConfig(Settings):
-    """The caption head: a causal decoder over the frame features, used in training only."""
+    """The caption head: a causal decoder over the frame features. Retrieval does not use it."""
 
     layers: PositiveInt = Field(2, description="decoder layers")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the decoder in training")

@@ -71,6 +71,16 @@ def read_best(run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise RunError(f"{best_url(run)} cannot be read: {str(error).splitlines()[0]}") from None
 
 
+def best_scores(run: str) -> tuple[int, dict[str, float]] | None:
+    """The step of `best/` and its validation metrics, from the file's header alone; None if there is none."""
+    try:
+        length = int.from_bytes(storage.read_range(best_url(run), 0, 8), "little")  # safetensors' format
+        header = json.loads(storage.read_range(best_url(run), 8, length))["__metadata__"]
+    except NotFoundError:
+        return None
+    return int(header["step"]), json.loads(header["metrics"])
+
+
 def load_config(run: str) -> TrainConfig:
     """The configuration of a run by its folder or config.yaml. Raises RunError, ConfigError."""
     url = run if run.endswith(".yaml") else storage.join(run, "config.yaml")

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate, normalize
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
-from cluster.submit import check
+from cluster.package import check
 from common import config as configs
 from common.config import apply, dump, validate
 from common.errors import ConfigError

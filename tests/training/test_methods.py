@@ -188,6 +188,15 @@ def test_room_for_more_words_changes_no_score_of_x_clip() -> None:
     torch.testing.assert_close(wide(wide.query(text), key_VKD), narrow(narrow.query(text), key_VKD))
 
 
+def test_x_clip_reads_the_frames_before_the_temporal_transformer_and_the_vector_behind_it() -> None:
+    model = build("seq_transf, xclip").eval()
+    key_VKD, video = encode_clips(model, pixels(3), views=1), model.towers.encode_video(pixels(3))
+    torch.testing.assert_close(key_VKD[:, 0], video.vector_BD)
+    alone_BFD = model.towers.frame_features(pixels(3))
+    torch.testing.assert_close(key_VKD[:, 1:], torch.nn.functional.normalize(alone_BFD, dim=-1))
+    assert (video.frames_BFD - alone_BFD).abs().max() > 1e-3
+
+
 def test_x_clips_padding_counts_where_the_official_code_is_wanted() -> None:
     """Without padding to the full length first, a score would depend on the longest sentence of the batch."""
     model, encode = (f("mean_pool, xclip, padded") for f in (build, lambda m: models.tokenize(config_of(m).model)))

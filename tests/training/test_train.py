@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -12,17 +13,19 @@ import torch
 
 from cluster.local import RayCluster
 from common import config as configs
-from common import storage
-from common.config import apply, dump
+from common import shards, storage
+from common.config import apply, dump, validate
 from common.errors import ConfigError, DataError, NotFoundError, ProjectError, RunError, StorageError
 from retrieval.config import EmbedConfig
 from retrieval.embed import embed
 from tests.entry import assert_refused, run
 from tests.faults import commands, kill, wait_until
+from tests.retrieval.conftest import write_run
 from training import models
-from training.config import PRESETS, TrainConfig
+from training.config import PRESETS, EvaluateConfig, TrainConfig
 from training.driver import only_driver
-from training.evaluate import arguments, evaluate_run
+from training.evaluate import arguments, evaluate_runs
+from training.report import shown
 from training.train import connect, main, scaling, train, with_loaders
 from training.weights import best_url, load_run, run_url, save_best
 
@@ -59,15 +62,39 @@ def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
     assert {"train/loss", "train/caption", "val/order", "test/r1"} <= set(tracked.data.metrics)
     assert 0 < tracked.data.metrics["train/cores_needed"] < 100
     assert [step for step, _ in train_losses(tiny)] == [1, 2, 3, 4]
-    # Evaluated alone, its best weights score the same, on any number of workers.
-    saved = configs.load(TrainConfig, storage.join(url, "config.yaml"), ["workers.num_workers=1"])
-    assert evaluate_run(saved) == pytest.approx(result)
-    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
-        evaluate_run(apply(saved, {"data.test": "dev"}))
+    assert_evaluation_repeats(result, tiny, tmp_path)
     # The same again prints the result and does nothing; another configuration under the name is refused.
     assert train(tiny) == result
     with pytest.raises(RunError, match=r"optim.lr was 0.001, is 0.5.*choose another run.name"):
         train(apply(tiny, {"optim.lr": 0.5}))
+
+
+def measured(config: TrainConfig, **changes: object) -> dict[str, Any]:
+    """What training.evaluate prints of a run."""
+    given = apply(validate(EvaluateConfig, config.model_dump(mode="json")), {"resamples": 20, **changes})
+    found, folder = evaluate_runs([given])
+    return {**shown(found), "report": folder}
+
+
+def assert_evaluation_repeats(result: dict[str, float], tiny: TrainConfig, folder: Path) -> None:
+    """Evaluated alone, a run's best weights score the same, on any number of workers; the report lies in the run."""
+    entries = shards.read_dataset(tiny.data.dataset)[0].split("test").shards
+    videos = [s.video_id for e in entries for s in shards.read_marker(tiny.data.dataset, e.name).samples]
+    rows = [f"{video},{'rising' if n % 2 else 'falling'}" for n, video in enumerate(videos)]
+    (folder / "labels.csv").write_text("\n".join(["video,label", *rows]))
+    asked = {"labels": str(folder / "labels.csv"), "eval.dsl_temperature": 0.05}
+    printed = measured(tiny, **asked, **{"workers.num_workers": 3, "eval.batch_size": 3})
+    assert {name: printed[name] for name in result} == pytest.approx(result)
+    assert {"dsl_r1", "dsl_v2t_rsum", "action_top1", "action_top5"} <= printed.keys() - result.keys()
+    assert printed["report"].startswith(f"{run_url(tiny)}/evaluations/test-")
+    assert storage.read(f"{printed['report']}/report.html").count(b"data:image/jpeg") == 2 * 4 * 2 * 4
+    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
+        measured(tiny, **{"data.test": "dev"})
+    given = validate(EvaluateConfig, tiny.model_dump(mode="json"))
+    with pytest.raises(ConfigError, match="the runs name different test sets"):
+        evaluate_runs([given, apply(given, {"data.test": "val"})])
+    with pytest.raises(ConfigError, match="a run is given twice"):
+        evaluate_runs([given, given])
 
 
 def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
@@ -115,7 +142,12 @@ def test_a_text_conditioned_model_is_trained_on_ranks_and_has_no_vector_to_embed
     model = load_run(run_url(config))[1]
     assert isinstance(model, models.TextConditioned)
     assert not torch.equal(model.scorer.word_mat_weight, torch.eye(32))
-    assert evaluate_run(apply(config, {"workers.num_workers": 1})) == pytest.approx(result)
+    finder = write_run(tmp_path, "finder", tiny.data.dataset)
+    printed = measured(config, **{"workers.num_workers": 1, "eval.rerank_top": 8, "recall": finder})
+    assert {name: printed[name] for name in result} == pytest.approx(result)
+    assert {"first_r1", "first_v2t_mnr"} <= printed.keys()
+    with pytest.raises(RunError, match=r"recall=.* has model\.scorer=xclip: give a run without one"):
+        measured(config, **{"eval.rerank_top": 8, "recall": run_url(config)})
     with pytest.raises(RunError, match=r"model\.scorer=xclip, which scores a video only together with a query"):
         embed(to_embed(config, tmp_path))
 
@@ -219,16 +251,14 @@ def test_a_mistake_that_only_workers_see_is_told_once(tiny: TrainConfig, tmp_pat
 
 
 def test_evaluation_takes_the_weights_of_the_folder_it_is_given(tmp_path: Path):
-    given = arguments([f"{tmp_path}/runs/moved/", "data.test=val"])
+    given = arguments([f"{tmp_path}/runs/moved/", "s3://runs/a/config.yaml", "data.test=val"])
     assert given == [
-        f"{tmp_path}/runs/moved/config.yaml",
-        f"run.storage={tmp_path}/runs",
-        "run.name=moved",
-        "data.test=val",
+        [f"{tmp_path}/runs/moved/config.yaml", f"run.storage={tmp_path}/runs", "run.name=moved", "data.test=val"],
+        ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a", "data.test=val"],
     ]
-    assert arguments(["s3://runs/a/config.yaml"]) == ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a"]
+    assert arguments(["--help"]) == [["--help"]]
     with pytest.raises(NotFoundError, match=r"none/config.yaml does not exist"):
-        configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments([f"{tmp_path}/none"]))
+        configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments([f"{tmp_path}/none"])[0])
 
 
 def test_the_command_line_tells_mistakes_in_one_sentence(shapes: str, s3: str, monkeypatch: pytest.MonkeyPatch):

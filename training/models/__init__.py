@@ -12,7 +12,7 @@ from training.models.prompt_switch import PromptSwitch
 from training.models.seq_transf import SeqTransf
 from training.models.text_conditioned import Scorer, TextConditioned
 from training.models.token_shift import TokenShift
-from training.models.tokenizer import tokenizer
+from training.models.tokenizer import detokenizer, tokenizer
 from training.models.ts2net import TS2Net, TS2NetScorer
 from training.models.two_tower import Outputs, TextOut, TwoTower, VideoOut, clip_of
 from training.models.vop import VoP
@@ -20,7 +20,7 @@ from training.models.xclip import XClip
 from training.models.xpool import XPool
 
 __all__ = ["MODELS", "SCORERS", "Outputs", "Retriever", "TextConditioned", "TextOut", "TwoTower", "VideoOut"]
-__all__ += ["build", "image_size", "tokenize"]
+__all__ += ["build", "detokenizer", "image_size", "tokenize"]
 
 Retriever = TwoTower | TextConditioned
 

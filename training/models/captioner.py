@@ -1,5 +1,7 @@
 """The caption head of Prompt Switch (reference: official code, ICCV 2023): trained beside retrieval, never used in it.
 
+What it says of a video is written by training/caption.py.
+
 Shapes: B videos, F frames, L tokens, D text width (= joint width), V vocabulary, K counted positions of the batch.
 """
 
@@ -30,12 +32,11 @@ class Captioner(nn.Module):
             self.head.bias.zero_()
 
     def forward(self, clip: clip_tower.Clip, tokens_BL: Tensor, frames_BFD: Tensor) -> Tensor:
-        """Hidden states B(L-1)D for the input positions 0..L-2; position j predicts token j+1."""
-        inputs_BL = tokens_BL[:, :-1]
+        """Hidden states BLD; position j predicts token j+1."""
         with torch.no_grad():
-            words_BLD = clip_tower.embed_words(clip, inputs_BL)
+            words_BLD = clip_tower.embed_words(clip, tokens_BL)
         mask_LL = nn.Transformer.generate_square_subsequent_mask(
-            inputs_BL.shape[1], device=words_BLD.device, dtype=words_BLD.dtype
+            tokens_BL.shape[1], device=words_BLD.device, dtype=words_BLD.dtype
         )
         return self.decoder(self.prenorm(words_BLD), frames_BFD, tgt_mask=mask_LL, tgt_is_causal=True)
 

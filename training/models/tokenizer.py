@@ -1,10 +1,12 @@
-"""Sentences → ids, by the tokenizer that a backbone was trained with."""
+"""Sentences → ids, by the tokenizer that a backbone was trained with, and back."""
 
 import functools
 import gzip
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +41,15 @@ def tokenizer(backbone: str, max_tokens: int, is_padded: bool = False) -> Callab
     return tokenize
 
 
+def detokenizer(backbone: str) -> Callable[[list[int]], str]:
+    """A function from ids of CLIP's vocabulary, without start and end, to the sentence, in its lower case."""
+    found = register(backbone)
+    assert "CLIP's tokenizer" in found.traits, "a caption head is refused on any other"
+    decode = _clips(found, found.context).decode
+    # What the tokenizer takes apart: "it 's", "1 0".
+    return lambda ids: re.sub(r" (?=[.,:;!?'])|(?<=\d) (?=\d)", "", decode(ids)).strip()
+
+
 def frequent_ids(backbone: str, words: Sequence[str]) -> list[int]:
     """Ids of the words that are one token, and of CLIP's start and end tokens."""
     tokens_TL = tokenizer(backbone, 8)(list(words))
@@ -46,7 +57,7 @@ def frequent_ids(backbone: str, words: Sequence[str]) -> list[int]:
     return sorted(set(single[:, :3].flatten().tolist()))
 
 
-def _clips(found: Backbone, context: int) -> Callable[[list[str]], Tensor]:
+def _clips(found: Backbone, context: int) -> Any:
     size = found.text.get("vocab_size", FULL_VOCABULARY)
     with tempfile.TemporaryDirectory() as folder:
         smaller = {"bpe_path": _first_merges(Path(folder), size)} if size < FULL_VOCABULARY else {}

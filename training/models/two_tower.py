@@ -146,7 +146,7 @@ class TwoTower(nn.Module, ABC):
         if self.captioner is not None:
             # Only counted positions go through the vocabulary-wide head: padding would cost as much as words.
             counted_K = counted_rows(tokens_BL) if counted_K is None else counted_K
-            hidden_BLD = self.captioner(self.clip, tokens_BL, video.frames_BFD)
+            hidden_BLD = self.captioner(self.clip, tokens_BL[:, :-1], video.frames_BFD)
             logits = self.captioner.head(hidden_BLD.flatten(0, 1)[counted_K])
             targets = tokens_BL[:, 1:].flatten()[counted_K]
         return Outputs(text, video, self.clip.logit_scale.exp(), logits, targets)
