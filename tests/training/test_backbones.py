@@ -1,6 +1,7 @@
 """Every kind of tower: its interface is open_clip's own, methods train on it, what won't do is refused by name."""
 
 import copy
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,25 @@ def test_checkpointing_changes_no_gradient(tower: str, tmp_path: Path) -> None:
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@every_tower
+def test_bf16_is_near(tower: str, tmp_path: Path) -> None:
+    model, x = build(config_of(tower, tmp_path, "vop^f+p")).float().eval(), pixels(2).float()
+    expected = model.encode_video(x).vector_BD
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(x, TOKENS)
+        assert (outputs.video.vector_BD * expected).sum(1).min() > 0.99
+        (outputs.video.vector_BD * outputs.text.vector_TD).float().sum().backward()
+
+
+def test_compiling_changes_nothing_where_positions_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(config_of("eva02", tmp_path, "vop^f+p")).eval(), pixels(2)
+    expected = model.frame_features(x)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model.compile_towers()
+    torch.testing.assert_close(model.frame_features(x), expected)
 
 
 @pytest.mark.parametrize("tower", ["clip", "eva02", "pe"])
