@@ -42,7 +42,6 @@ from common.config import Settings
 from common.errors import exit_with
 from training import losses, optim
 from training.config import LossConfig, OptimConfig
-from training.models.clip import image_size_of
 from training.step import accumulate
 
 FLAGS = ("fp32", "bf16", "compile", "checkpointing", "chunks")
@@ -99,7 +98,7 @@ def step_of(
         model.clip.set_grad_checkpointing()
     if "compile" in flags:
         model.compile_towers()
-    size, is_cuda = image_size_of(backbone), device.type == "cuda"
+    size, is_cuda = model.clip.visual.image_size[0], device.type == "cuda"
     frames_BFCHW = torch.randint(0, 256, (clips, config.frames, 3, size, size), dtype=torch.uint8)
     tokens_BL = captions(model, clips, config.words)
     if is_cuda:

@@ -19,7 +19,6 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +31,16 @@ from training import metrics, models, optim, weights
 from training.config import PRESETS, TrainConfig
 from training.data.loader import eval_loader, open_cache, train_loader
 from training.encode import evaluate
+from training.intervals import over_runs
 from training.loop import MAX_LOGIT_SCALE, token_weights
 from training.models import Retriever
-from training.models.clip import open_clip
+from training.models.clip import Clip
 from training.step import accumulate
 from training.train import check_identity, read_result
 
 log = logging.getLogger(__name__)
+CONFIDENCE = 0.95
 METRICS = {"r1": ("R@1", ".1f"), "r5": ("R@5", ".1f"), "order": ("order score", ".3f")}
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's, 97.5 %, for 2 to 10 values
 
 
 class Row(NamedTuple):
@@ -150,7 +150,7 @@ def run_name(row: str, seed: int) -> str:
     return f"{re.sub('[^a-z0-9]+', '-', row.lower().replace('+', ' plus ')).strip('-')}-{seed}"
 
 
-def trained(config: TrainConfig, clip: open_clip.CLIP | None) -> Retriever:
+def trained(config: TrainConfig, clip: Clip | None) -> Retriever:
     """A model after all its steps; `clip`: the towers to start from, None = random ones."""
     torch.set_num_threads(config.workers.threads)
     torch.manual_seed(config.seed)
@@ -196,8 +196,8 @@ def table(found: Mapping[tuple[str, int], dict[str, float]], names: Sequence[str
 def interval(values: Sequence[float], form: str) -> str:
     if len(values) == 1:
         return f"{values[0]:{form}}"
-    quantile = T_QUANTILES[min(len(values) - 2, len(T_QUANTILES) - 1)]
-    return f"{mean(values):{form}} ± {quantile * stdev(values) / math.sqrt(len(values)):{form}}"
+    middle, (_, high) = over_runs(values, CONFIDENCE)
+    return f"{middle:{form}} ± {high - middle:{form}}"
 
 
 if __name__ == "__main__":

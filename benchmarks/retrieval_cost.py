@@ -87,14 +87,14 @@ class Subject(NamedTuple):
         return self.model.query(self.model.towers.encode_text(self.tokens_BL))
 
 
-def subject(config: CostBenchConfig, clip: clip_tower.open_clip.CLIP, method: str) -> Subject:
+def subject(config: CostBenchConfig, clip: clip_tower.Clip, method: str) -> Subject:
     """A method's model around towers that all share: what differs is built anew, the same for each call."""
     sizes = {"backbone": config.backbone, "pretrained": None, "num_frames": config.frames}
     preset = configs.load(TrainConfig, method, [], PRESETS)
     preset = configs.apply(preset, {f"model.{key}": value for key, value in sizes.items()})
     torch.manual_seed(0)
     model = models.build(preset.model, clip).eval()
-    size, end = models.image_size_of(config.backbone), clip.vocab_size - 1
+    size, end = models.image_size(preset.model), clip.vocab_size - 1
     tokens_BL = torch.randint(1, end - 1, (1, config.words))
     tokens_BL[:, 0], tokens_BL[:, -1] = end - 1, end
     frames_BFCHW = torch.randint(0, 256, (1, config.frames, 3, size, size), dtype=torch.uint8)

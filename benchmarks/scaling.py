@@ -152,11 +152,11 @@ def main() -> int:
 
     model = model_of(config.backbone, config.frames, config.frames)
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    width = model.clip.text_projection.shape[1]
+    width = clip.joint_width(model.clip)
     expected = theory(gradients, width, config.clips, 2)
     measured = median(row["two ranks"]["bytes"] for row in rows)
     print(f"gradients {gradients / 1e6:.1f} MB; sent in a step {measured / 1e6:.1f} MB, theory {expected / 1e6:.1f} MB")
-    size = clip.image_size_of(config.backbone)
+    size = model.clip.visual.image_size[0]
     pixels_BFCHW = torch.zeros(1, config.frames, 3, size, size)
     of_a_clip = operations(lambda: model.frame_features(pixels_BFCHW).sum().backward())
     print(*projection(config, gradients, of_a_clip * config.gpu_frames / config.frames), sep="\n")

@@ -12,6 +12,7 @@ arithmetic. On a GPU the first three run under bf16 autocast. Rounds are kept in
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -60,7 +61,7 @@ def plain_features(model: PromptSwitch, prompts_1SD: Tensor, frames_BFCHW: Tenso
     visual = model.clip.visual
     x_NLD = clip_tower.image_tokens(visual, frames_BFCHW.flatten(0, 1))
     x_NLD = visual.transformer(torch.cat([x_NLD, prompts_1SD.expand(len(x_NLD), -1, -1)], dim=1))
-    return clip_tower.project_cls(visual, x_NLD[:, 0])
+    return clip_tower.project(visual, x_NLD[:, 0])
 
 
 def model_of(backbone: str, frames: int, prompts: int) -> PromptSwitch:
@@ -79,11 +80,11 @@ def captions(model: PromptSwitch, count: int, words: int) -> Tensor:
 def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callable[[], object]]:
     """Each side's one step."""
     model = model_of(config.backbone, config.frames, config.prompts).to(device)
-    size = clip_tower.image_size_of(config.backbone)
+    size = model.clip.visual.image_size[0]
     frames_BFCHW = torch.randn(config.clips, config.frames, 3, size, size, device=device)
     tokens_BL = captions(model, config.clips, config.words)
     weights_V = losses.token_weights(model.clip.vocab_size, [1, 2, 3], 0.25).to(device)
-    prompts_1SD = torch.zeros(1, config.prompts, model.clip.visual.conv1.out_channels, device=device)
+    prompts_1SD = torch.zeros(1, config.prompts, clip_tower.image_width(model.clip.visual), device=device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     ddp = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     loss, counts = LossConfig(caption=0.5), [config.clips] * world_size()
@@ -119,10 +120,12 @@ def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callabl
 def operations(act: Callable[[], object]) -> int:
     """Two for each multiply-add, forward and backward, as torch counts them.
 
-    Attention in plain products: it knows the GPUs' fused kernels, but not the CPU's.
+    Attention and LSTMs in plain products: it knows the GPUs' fused kernels, but not the CPU's.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        act()
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        warnings.simplefilter("ignore")  # of the flags' return to what they were
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            act()
     return counter.get_total_flops()
 
 

@@ -47,6 +47,10 @@ class RunError(ProjectError):
     """A run, build or study cannot start or could not finish."""
 
 
+class TryAgainError(RunError):
+    """A run could not go on now; the same command again may."""
+
+
 def told(error: BaseException, _seen: frozenset[int] = frozenset()) -> ProjectError | None:
     """The ProjectError at the root of `error`, if there is one.
 

@@ -147,18 +147,19 @@ def list_files(url: str) -> Iterator[Entry]:
         yield from _walk(str(root))
 
 
-def _walk(folder: str) -> Iterator[Entry]:
+def _walk(folder: str, above: tuple[str, ...] = ()) -> Iterator[Entry]:
     """In S3's order, by the whole path; only the names of one folder and of those above it are in memory."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
     with os.scandir(folder) as entries:
         names = sorted(
-            entry.name + ("/" if entry.is_dir(follow_symlinks=False) else "")
-            for entry in entries
-            if not entry.name.startswith(".tmp-")
+            entry.name + ("/" if entry.is_dir() else "") for entry in entries if not entry.name.startswith(".tmp-")
         )
     for name in names:
         path = f"{folder}/{name}"
         if name.endswith("/"):
-            yield from _walk(path[:-1])
+            yield from _walk(path[:-1], (*above, real))
         else:
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a link to nowhere
                 status = os.stat(path)  # noqa: PTH116 (ten million times)

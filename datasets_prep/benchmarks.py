@@ -24,7 +24,7 @@ class MsrvttConfig(Settings):
     protocol: Literal["9k", "7k", "full"] = Field(
         description="MSR-VTT's split: train on 9,000 or 7,010 and test on 1k-A, or the official full one"
     )
-    captions: str = Field(description="all captions: MSRVTT_data.json, captions_msvd.json or raw-captions.pkl")
+    captions: str = Field(description="MSRVTT_data.json, or train_val_videodatainfo.json")
     test_captions: str | None = Field(
         None, description="test_videodatainfo.json, where source.captions is train_val_videodatainfo.json"
     )

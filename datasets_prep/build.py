@@ -21,10 +21,11 @@ from common.shards import DatasetIndex, ShardEntry, SplitIndex
 from datasets_prep import report, tasks, video
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.plan import Clip, Cut, Plan, make_plan
-from datasets_prep.shard_writer import MISSING, Outcome, Recipe, outcome, write_shard
+from datasets_prep.shard_writer import MISSING, SILENT, Outcome, Recipe, outcome, write_shard
 from datasets_prep.sources import SOURCES
 
 log = logging.getLogger(__name__)
+JPEG_BYTES_PER_PIXEL = 0.25  # measured on web videos at quality 90
 
 
 class Built(NamedTuple):
@@ -66,7 +67,7 @@ def build(config: BuildConfig) -> Built:
     storage.check_writable(output)
     missing = Missing()
     clips = missing.noted(SOURCES[config.source.name](config.source))
-    plan = make_plan(clips, config.shards, config.seed, _settings(config))
+    plan = make_plan(clips, config.shards, config.seed, _settings(config), _sample_bytes(config))
     _check_missing(config, plan, missing)
     _claim(plan, output)
     _publish(_repeatable(config).encode(), output, "config.yaml")
@@ -134,29 +135,39 @@ def _settings(config: BuildConfig) -> dict[str, Any]:
     return settings
 
 
+def _sample_bytes(config: BuildConfig) -> int | None:
+    """What a sample of JPEGs usually takes, whatever its source; of a video the source's size tells more."""
+    if config.payload == "video":
+        return None
+    pixels = config.video.short_side**2 * 16 / 9
+    return round(JPEG_BYTES_PER_PIXEL * pixels) * config.frames.segments * config.frames.per_segment
+
+
 class Missing:
-    """Counts the clips that have no file, and keeps the names of a few."""
+    """Counts the clips that have no file or no caption, and keeps the names of a few; LOG_LEVEL=DEBUG logs all."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.counts: Counter[str] = Counter()
         self.names: list[str] = []
 
     def noted(self, clips: Iterable[Clip]) -> Iterator[Clip]:
         for clip in clips:
-            if clip.size is None:
-                self.count += 1
+            if clip.size is None or not clip.captions:
+                what = "no file" if clip.size is None else "no caption"
+                self.counts[what] += 1
                 self.names.extend([clip.video] if len(self.names) < 10 else [])
+                log.debug("%s: %s", what, clip.video)
             yield clip
 
 
 def _check_missing(config: BuildConfig, plan: Plan, missing: Missing) -> None:
-    if not missing.count:
+    total = missing.counts.total()
+    if not total:
         return
-    names = ", ".join(missing.names) + (", …" if missing.count > len(missing.names) else "")
-    what = (
-        f"{missing.count:,} of {plan.num_clips:,} clips have no file in source.videos={config.source.videos} ({names})"
-    )
-    if missing.count > config.max_missing_fraction * plan.num_clips:
+    names = ", ".join(missing.names) + (", …; LOG_LEVEL=DEBUG names all" if total > len(missing.names) else "")
+    lacking = " and ".join(f"{count:,} have {what}" for what, count in missing.counts.items())
+    what = f"of {plan.num_clips:,} clips {lacking} (source.videos={config.source.videos}: {names})"
+    if total > config.max_missing_fraction * plan.num_clips:
         raise RunError(
             f"{what}, more than max_missing_fraction={config.max_missing_fraction:g} allows: "
             "correct source.videos, download them first (this does not), or raise it"
@@ -221,7 +232,8 @@ def _publish(data: bytes, output: str, name: str) -> None:
 
 def _check_budget(config: BuildConfig, plan: Plan, reasons: Counter[str]) -> None:
     """Raise RunError as soon as the finished shards alone have too many rejected clips."""
-    found = Counter({reason: n for reason, n in reasons.items() if reason != MISSING})  # those have their own limit
+    # What is missing has a limit of its own.
+    found = Counter({reason: n for reason, n in reasons.items() if reason not in (MISSING, SILENT)})
     if found.total() > config.max_rejected_fraction * plan.num_clips:
         raise RunError(
             f"{found.total():,} of {plan.num_clips:,} clips were rejected, more than "

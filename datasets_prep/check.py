@@ -28,10 +28,16 @@ class VideoInfo(NamedTuple):
     longest_gop: int
 
 
+def plain(reason: str) -> str:
+    """A decoder's complaint without the numbers of this one file, so that equal reasons are equal texts."""
+    return re.sub(r"\b(0x[0-9a-f]+|\d+)\b", "N", reason)
+
+
 def check(file: Path | BinaryIO, every_frame: bool) -> VideoInfo:
     """Decode the first, middle and last frame, or all, with the library that training uses. Raises DataError."""
     import decord  # opens threads: imported in the process that decodes
 
+    decord.logging.set_level(decord.logging.QUIET)  # what is wrong is raised, too
     try:
         reader = decord.VideoReader(str(file) if isinstance(file, Path) else file, num_threads=1)
         num_frames, fps, keys = len(reader), float(reader.get_avg_fps()), reader.get_key_indices()
@@ -40,9 +46,10 @@ def check(file: Path | BinaryIO, every_frame: bool) -> VideoInfo:
         for first in range(0, len(indices), 64):
             _, height, width, _ = reader.get_batch(indices[first : first + 64]).shape
     except Exception as error:  # decord raises several unrelated types
-        reason = re.sub(r"^(\[[\d:]+\] \S+ )+", "", str(error).strip().splitlines()[0])  # "[13:05:59] file.cc:12: "
+        text = str(error).strip() or type(error).__name__
+        reason = re.sub(r"^(\[[\d:]+\] \S+ )+", "", text.splitlines()[0])  # "[13:05:59] file.cc:12: "
         reason = "decord can't open it" if reason.startswith("Error reading") else reason  # it names the path
-        raise DataError(f"cannot be decoded: {reason}") from None
+        raise DataError(f"cannot be decoded: {plain(reason)}") from None
     gop = max(b - a for a, b in pairwise(sorted({0, *keys, num_frames})))
     return VideoInfo(round(num_frames / fps, 3), round(fps, 3), num_frames, width, height, gop)
 

@@ -71,9 +71,11 @@ class ShardConfig(Settings):
     """How large a shard may become; a shard is the unit of work, retry and download."""
 
     max_samples: PositiveInt = Field(1000, description="most clips in a shard")
-    max_bytes: PositiveInt = Field(256_000_000, description="most bytes in a shard, estimated from the source files")
+    max_bytes: PositiveInt = Field(
+        256_000_000, description="bytes in a shard, about: as such JPEGs have, or with payload=video the source files"
+    )
     compression: PositiveFloat = Field(
-        1.0, description="bytes expected in a shard per byte of its source files: below 1, more clips fill a shard"
+        1.0, description="bytes that really come out for each one so expected: below 1, more clips fill a shard"
     )
     shuffle: list[str] = Field(["train"], description="splits whose sources are dealt to shards in a seeded order")
 
@@ -124,7 +126,7 @@ class BuildConfig(Settings):
     seed: NonNegativeInt = Field(0, description="seed of the order in which sources are dealt to shards")
     max_rejected_fraction: Fraction = Field(0.05, description="share of unreadable clips above which the build fails")
     max_missing_fraction: Fraction = Field(
-        0.05, description="share of annotated videos without a file above which nothing is built"
+        0.05, description="share of annotated videos without a file or a caption above which nothing is built"
     )
     workers: PositiveInt | None = Field(
         None, description="shards built at once; null = as many as the cluster has room"

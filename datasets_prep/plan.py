@@ -158,7 +158,9 @@ class Plan(NamedTuple):
         return Shard(cut.split, cut.number, self.clips.take(self.order[cut.start : cut.stop]))
 
 
-def make_plan(clips: Iterable[Clip], limits: ShardConfig, seed: int, settings: dict[str, Any]) -> Plan:
+def make_plan(
+    clips: Iterable[Clip], limits: ShardConfig, seed: int, settings: dict[str, Any], sample_bytes: int | None = None
+) -> Plan:
     """Deal clips to shards: sources in a seeded order, each whole in one shard where it fits.
 
     Splits that are not in `limits.shuffle` are in the order of their sources' names.
@@ -166,6 +168,7 @@ def make_plan(clips: Iterable[Clip], limits: ShardConfig, seed: int, settings: d
     Args:
         clips: read once, as a stream.
         settings: everything else that the shards' bytes depend on, as plain data; it goes into the hash.
+        sample_bytes: what a clip is expected to become; None = as much as its source file.
 
     Raises:
         DataError: there is no clip, or a video id occurs twice in a split.
@@ -184,13 +187,16 @@ def make_plan(clips: Iterable[Clip], limits: ShardConfig, seed: int, settings: d
         raise DataError("the source has no clips: nothing to build")
     _check_unique(table, np.frombuffer(ids, np.uint64))
     ids = array("Q")
-    settings = {**settings, "shards": limits.model_dump(mode="json"), "seed": seed}
+    sized = {} if sample_bytes is None else {"sample_bytes": sample_bytes}
+    settings = {**settings, "shards": {**limits.model_dump(mode="json"), **sized}, "seed": seed}
     named = json.dumps({**settings, "clips": [len(table), f"{total % 2**256:x}"]}, sort_keys=True)
     order, is_first = _sorted(table, np.frombuffer(keys, np.uint64))
     keys = array("Q")
-    return Plan(
-        hashlib.sha256(named.encode()).hexdigest(), settings, table, order, _cut(table, order, is_first, limits)
-    )
+    sizes = table.column("size")[order]
+    if sample_bytes is not None:
+        sizes = np.where(sizes > 0, sample_bytes, 0)
+    cuts = _cut(table, order, is_first, sizes, limits)
+    return Plan(hashlib.sha256(named.encode()).hexdigest(), settings, table, order, cuts)
 
 
 def _writable(clip: Clip) -> Clip:
@@ -269,8 +275,9 @@ def _tied(is_first: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return stretches
 
 
-def _cut(table: Clips, order: NDArray[np.int64], is_first: NDArray[np.bool_], limits: ShardConfig) -> list[Cut]:
-    sizes = table.column("size")[order]
+def _cut(
+    table: Clips, order: NDArray[np.int64], is_first: NDArray[np.bool_], sizes: NDArray[np.int64], limits: ShardConfig
+) -> list[Cut]:
     max_bytes = limits.max_bytes / limits.compression
     splits = table.column("split")[order]
     cuts: list[Cut] = []

@@ -92,7 +92,7 @@ def _sample(output: str, shard: str, sample: SampleIndex) -> str:
     jpegs = _frames(member(pictures[0])) if is_video else [member(p) for p in pictures[:: -(-len(pictures) // FRAMES)]]
     images = "".join(f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(j).decode()}">' for j in jpegs)
     captions = "<br>".join(html.escape(c.text) for c in info.captions[:3])
-    more = f" and {len(info.captions) - 3} more" if len(info.captions) > 3 else ""
+    more = f'<br><span class="id">and {len(info.captions) - 3} more</span>' if len(info.captions) > 3 else ""
     about = f"{html.escape(shard)} · {html.escape(info.video_id)} · {info.duration_s:g} s · {info.width}×{info.height}"
     return (
         f'<div class="sample"><span class="frames">{images}</span>'

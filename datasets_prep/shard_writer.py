@@ -28,7 +28,7 @@ from datasets_prep import histograms, video
 from datasets_prep.config import FramesConfig, VideoConfig
 from datasets_prep.plan import Clip, Shard
 
-MISSING = "there is no such file in source.videos"
+MISSING, SILENT = "there is no such file in source.videos", "no caption"
 
 
 class Outcome(NamedTuple):
@@ -133,7 +133,7 @@ def _sample(clip: Clip, source: Path | None, folder: Path, recipe: Recipe) -> tu
     if source is None:
         raise DataError(MISSING)
     if not clip.captions:
-        raise DataError("no caption")
+        raise DataError(SILENT)
     if recipe.payload == "video":
         target = folder / "clip.mp4"
         made = video.convert(source, target, recipe.video, clip.start, clip.end)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from common import retry
+from common import ray_address, retry
 from common.errors import ConfigError, RunError, StorageError, told
 
 T = TypeVar("T")
@@ -37,19 +37,22 @@ def run(
 
     Raises:
         ConfigError: `cpus` is more than any node has.
-        RunError, StorageError: a task failed `retry.ATTEMPTS` times.
+        RunError, StorageError: there is no cluster at RAY_ADDRESS, or a task failed `retry.ATTEMPTS` times.
         DataError and others: what `function` raised.
     """
     if not names:
         return
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING)
+        with ray_address.checked():
+            ray.init(logging_level=logging.WARNING)
     task = ray.remote(function).options(num_cpus=cpus, max_retries=0, scheduling_strategy="SPREAD")
     waiting = [(0.0, place) for place in range(len(names))]  # a heap: when it may begin, which
     failures: Counter[int] = Counter()
     running: dict[Any, int] = {}
     if not _room(cpus):
-        raise ConfigError(f"cpus_per_task={cpus} is more than any Ray node has: lower it")
+        raise ConfigError(
+            f"a task of {cpus} CPUs fits on no Ray node: lower cpus_per_task, or video.threads without it"
+        )
     while waiting or running:
         limit = min(workers or sys.maxsize, max(1, _room(cpus)))  # nodes come and go
         while waiting and len(running) < limit and waiting[0][0] <= time.monotonic():

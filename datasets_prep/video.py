@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 import imageio_ffmpeg
 
 from common.errors import DataError, RunError
-from datasets_prep.check import VideoInfo, check, check_apart
+from datasets_prep.check import VideoInfo, check, check_apart, plain
 from datasets_prep.config import FramesConfig, VideoConfig
+
+# What holds a video itself. Others are playlists and scripts, which name further files, and pictures.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,live_flv,ogg,rm,mxf,nut,ivf,dv,gif,h264,hevc,m4v,av1,obu"
 
 
 class Probe(NamedTuple):
@@ -31,7 +34,7 @@ class Probe(NamedTuple):
     height: int
     fps: float | None
     duration_s: float | None
-    is_rotated: bool
+    is_as_shown: bool  # not turned, and of square pixels
 
 
 def convert(source: Path, target: Path, config: VideoConfig, start: float | None, end: float | None) -> VideoInfo:
@@ -80,19 +83,24 @@ def probe(source: Path, config: VideoConfig) -> Probe:
     """The first video stream of a file. Raises DataError if it has none."""
     # Without an output ffmpeg prints what it found and ends with an error.
     text = _run(_file(source), config)[1]
+    if "Format not on whitelist" in text:
+        raise DataError("not a video: a playlist, a picture or the like")
     if "Input #0" not in text:
         raise DataError(f"not a video: {_reason(text)}")
-    # "Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv), 320x240 [SAR 1:1], 25 fps, 25 tbr"
-    streams = re.findall(r"Stream #.*?: Video: (\w+).*?, (\w+)(?:\([^)]*\))?, (\d+)x(\d+)(.*)", text)
+    # "  Stream #0:0[0x1](und): Video: h264 (High) (avc1 / 0x31637661), yuv420p(tv), 320x240 [SAR 1:1], 25 fps, 25 tbr"
+    # From the line's begin: a title may say the same.
+    stream = r"^ *Stream #.*?: Video: (\w+).*?, (\w+)(?:\([^)]*\))?, (\d+)x(\d+)(.*)"
+    streams = re.findall(stream, text, re.MULTILINE)
     streams = [s for s in streams if "(attached pic)" not in s[-1]]  # the cover of a sound file
     if not streams:
         raise DataError("no video stream in it" + (", only sound" if ": Audio: " in text else ""))
     codec, pixels, width, height, rest = streams[0]
     fps = re.search(r"([\d.]+) fps", rest)
-    time = re.search(r"Duration: (\d+):(\d+):([\d.]+)", text)
+    time = re.search(r"^ *Duration: (\d+):(\d+):([\d.]+)", text, re.MULTILINE)
     duration_s = 3600 * int(time[1]) + 60 * int(time[2]) + float(time[3]) if time else None
     rate = float(fps[1]) if fps else None
-    return Probe(codec, pixels, int(width), int(height), rate, duration_s, "rotation of" in text)
+    is_square = all(w == h for w, h in re.findall(r"SAR (\d+):(\d+)", rest))  # the stream's and the container's
+    return Probe(codec, pixels, int(width), int(height), rate, duration_s, is_square and "rotation of" not in text)
 
 
 @functools.cache
@@ -111,7 +119,7 @@ def _examine(source: Path, config: VideoConfig, start: float | None, end: float 
     length = end
     if stream.duration_s is not None:
         if (start or 0.0) >= stream.duration_s:
-            raise DataError(f"start={start:g} s is after the end of the video")
+            raise DataError("it would begin after the end of the video")
         length = min(end or stream.duration_s, stream.duration_s)
     if length is not None and length - (start or 0.0) > config.max_duration_s:
         raise DataError(f"longer than video.max_duration_s={config.max_duration_s:g}")
@@ -134,7 +142,7 @@ def _is_small(stream: Probe, config: VideoConfig) -> bool:
         and min(stream.width, stream.height) <= config.short_side
         and stream.fps is not None
         and stream.fps <= config.max_fps
-        and not stream.is_rotated
+        and stream.is_as_shown
     )
 
 
@@ -150,17 +158,18 @@ def _input(source: Path, config: VideoConfig, start: float | None = None, end: f
 
 
 def _file(source: Path) -> list[str]:
-    """The protocol: a name with a colon in it is a file, and a playlist may fetch nothing from the network."""
-    return ["-protocol_whitelist", "file", "-i", f"file:{source}"]
+    """The protocol: a name with a colon in it is a file, and nothing is fetched from the network."""
+    return ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-i", f"file:{source}"]
 
 
 def _copy(source: Path, target: Path, config: VideoConfig) -> VideoInfo | None:
-    """The stream as it is, in an mp4, or None if it can't be copied or its key frames are too far apart."""
+    """The stream as it is, in an mp4, or None if it can't be copied or is not what its header promises."""
     with contextlib.suppress(DataError):  # some containers lack what mp4 needs
         _ffmpeg([*_input(source, config), "-c", "copy", *_output(target)], config)
         # It may hide a broken frame anywhere, and readers must be able to rely on every one.
         info = check_apart(target, every_frame=True, config=config)
-        if info.longest_gop <= config.gop:
+        is_slow = round(info.fps, 2) <= config.max_fps  # ffmpeg rounds the rate it tells so, too
+        if info.longest_gop <= config.gop and min(info.width, info.height) <= config.short_side and is_slow:
             return info
     return None
 
@@ -246,7 +255,7 @@ def _too_large(config: VideoConfig) -> DataError:
 
 
 def _reason(text: str) -> str:
-    """The first thing ffmpeg complained about, without addresses, so that equal reasons are equal texts."""
+    """The first thing ffmpeg complained about."""
     lines = [re.sub(r"^\[.*?\] *", "", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("Input #", "Format ", "At least one output"))]
-    return lines[0] if lines else "ffmpeg gives no reason"
+    return plain(lines[0]) if lines else "ffmpeg gives no reason"

@@ -51,7 +51,7 @@ def encode_sentences(config: TrainConfig, model: TwoTower, sentences: list[str])
 @torch.inference_mode()
 def kept_shape(config: TrainConfig, model: Retriever, views: int) -> tuple[int, ...]:
     """The shape of what is kept of a video: that of a black one."""
-    size = models.image_size_of(config.model.backbone)
+    size = models.image_size(config.model)
     frames_1FCHW = torch.zeros(1, views * config.model.num_frames, 3, size, size, dtype=torch.uint8)
     return tuple(encode_clips(model, frames_1FCHW, views).shape[1:])
 

@@ -32,15 +32,8 @@ def wait_until(true: Callable[[], T], timeout_s: float = 200) -> T:
 
 def commands(mark: str, *words: str) -> dict[int, list[str]]:
     """By pid, the commands of the processes that carry `mark` and have all these words in their command."""
-    found = {}
-    for pid in processes.alive(mark):
-        try:
-            command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes())
-        except OSError:
-            continue
-        if all(word in command for word in words):
-            found[pid] = command.split("\0")[:-1]
-    return found
+    found = {pid: processes.command(pid) for pid in processes.alive(mark)}
+    return {pid: command for pid, command in found.items() if all(word in "\0".join(command) for word in words)}
 
 
 def kill(mark: str, *words: str) -> list[list[str]]:

@@ -24,7 +24,7 @@ def write(towers: TwoTower, frames_BFD: Tensor, start: int, end: int, config: Ca
     """
     captioner, clip = towers.captioner, towers.clip
     assert captioner is not None
-    most = min(config.max_tokens, clip.positional_embedding.shape[0])
+    most = min(config.max_tokens, clip.context_length)
 
     def next_token(tokens_BWL: Tensor) -> Tensor:
         memory = frames_BFD.repeat_interleave(tokens_BWL.shape[1], 0)

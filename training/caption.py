@@ -72,7 +72,7 @@ def _worker(values: dict[str, Any]) -> tuple[list[Line], list[list[str]]]:
 def _written(config: CaptionRun) -> list[tuple[Line, list[str]]]:
     """What this rank writes, and the data's own captions of the same videos."""
     device = get_device()
-    model = models.build(config.model.model_copy(update={"pretrained": None})).to(device).eval()
+    model = models.build(config.model, load=False).to(device).eval()
     load_best(run_url(config), model)
     start, end = models.tokenizer(config.model.backbone, 2)([""])[0].tolist()
     detokenize = models.detokenizer(config.model.backbone)

@@ -113,13 +113,13 @@ def measure(
     if choices.questions:
         about = np.array([row[question.video] for question in choices.questions])
         rows, right, most = _questions(choices.questions, features, videos[about], score)
-        measured.append(Measured("", qa_table, rank(rows, right, most).ranks_Q.numpy(), about))
+        measured.append(Measured("", qa_table, rank(rows, right, most).ranks_Q, about))
     if choices.labels:
         about = np.array([row[video] for video in choices.labels])
         prompts = len(choices.classes) * len(choices.templates)
         rows = _classes(len(choices.classes), features[-prompts:], videos[about], score)
         ranks = rank(rows, [[label] for label in choices.labels.values()], prompts)
-        measured.append(Measured("", action_table, ranks.ranks_Q.numpy(), about))
+        measured.append(Measured("", action_table, ranks.ranks_Q, about))
     return measured
 
 

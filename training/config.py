@@ -10,7 +10,12 @@ from common.config import Settings
 from training.model_config import ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
-PATHS = ("run.storage", "data.dataset", "tracking.uri")  # what a job that is submitted needs absolute
+PATHS = (
+    "run.storage",
+    "data.dataset",
+    "model.init_from",
+    "tracking.uri",
+)  # what a job that is submitted needs absolute
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,6 +46,9 @@ class LossConfig(Settings):
     contrastive: float = Field(1.0, ge=0, description="weight of the contrastive loss")
     frame_contrastive: float = Field(
         0.0, ge=0, description="weight of the contrastive loss of captions and single frames (beyond the paper)"
+    )
+    temperature: float | None = Field(
+        None, ge=0.01, description="temperature that training starts from; null = the backbone's (OpenAI's CLIP: 0.01)"
     )
     caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
 
@@ -123,6 +131,9 @@ class WorkerConfig(Settings):
         None, ge=0, description="decoding processes per rank; null = what a node has for each of its GPUs, 1 without"
     )
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs per rank; null = loader_workers + 1")
+    gpus_per_worker: float = Field(
+        1, gt=0, le=1, description="GPUs per rank; less than 1, for several runs on one GPU, needs num_workers=1"
+    )
     threads: PositiveInt = Field(1, description="torch threads per rank on CPU")
     bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")
     compile: bool = Field(False, description="torch.compile the towers: a minute at the start, then faster on GPUs")
@@ -199,6 +210,8 @@ class TrainConfig(Settings):
         ranks = self.workers.num_workers
         if isinstance(ranks, tuple) and ranks[0] > ranks[1]:
             raise ValueError(f"workers.num_workers={list(ranks)} is no range: write [least, most]")
+        if self.workers.gpus_per_worker < 1 and ranks != 1:  # NCCL takes a GPU for one rank only
+            raise ValueError(f"workers.gpus_per_worker={self.workers.gpus_per_worker:g} needs workers.num_workers=1")
         if not self.data.test and not self.data.val:
             raise ValueError("data.val and data.test are both null: nothing could be measured")
         return self

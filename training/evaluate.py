@@ -53,9 +53,12 @@ def evaluate_runs(given: Sequence[EvaluateConfig]) -> tuple[Report, str]:
             raise ConfigError("data.test is null: give data.test=SPLIT")
     if len({(storage.absolute(config.data.dataset), config.data.test) for config in given}) > 1:
         raise ConfigError("the runs name different test sets: give data.dataset and data.test for all of them")
+    if len({run_url(config) for config in given}) < len(given):
+        raise ConfigError("a run is given twice: name each once")
     name = f"{first.data.test}-{time.strftime('%Y%m%d-%H%M%S')}"
-    runs = [evaluate_run(config, name) for config in given]
     folder = storage.absolute(first.report or storage.join(run_url(first), "evaluations", name))
+    storage.check_writable(folder)
+    runs = [evaluate_run(config, name) for config in given]
     return publish(given, runs, folder), folder
 
 
@@ -63,8 +66,8 @@ def publish(given: Sequence[EvaluateConfig], runs: Sequence[RunReport], folder: 
     """Write report.json and report.html of what was measured, with frames of the examples."""
     config, url = given[0], storage.absolute(given[0].data.dataset)
     dataset, sha256 = shards.read_dataset(url)
-    is_one_model = _differ_in_seed_alone(given)
-    if len(given) > 1 and not is_one_model:
+    differ_in_seed = _differ_in_seed_alone(given)
+    if len(given) > 1 and not differ_in_seed:
         log.warning("the runs differ in more than their seed: there is no mean over them")
     found = Report(
         dataset=url,
@@ -73,7 +76,7 @@ def publish(given: Sequence[EvaluateConfig], runs: Sequence[RunReport], folder: 
         confidence=config.confidence,
         resamples=config.resamples,
         runs=list(runs),
-        over_runs=report.mean_over_runs(runs, config.confidence) if is_one_model else None,
+        over_runs=report.mean_over_runs(runs, config.confidence) if differ_in_seed else None,
         notes=report.notes(runs, config.confidence, config.resamples),
     )
     videos = {video for run in runs for e in (*run.hardest, *run.easiest) for video in (e.video, e.rival)}
@@ -155,7 +158,7 @@ def _worker(values: dict[str, Any]) -> tuple[Evaluation, int]:
         if config.recall is not None:
             finder, model = _first_stage(config), load_run(config.recall)[1].to(device)
             first = encode_split(model, split_batches(finder), models.tokenize(finder.model), finder.eval.views, device)
-        model = models.build(config.model.model_copy(update={"pretrained": None})).to(device)
+        model = models.build(config.model, load=False).to(device)
         step = load_best(run_url(config), model)["step"]
         tokenize = models.tokenize(config.model)
         return evaluation(model, split_batches(config), tokenize, config.eval, device, values["asked"], first), step

@@ -114,8 +114,8 @@ def retrieval(
         by_text[prefix] = rank(text_rows, right_T, num_videos)
         # A video ranks the videos' groups of captions; a group's score is that of its best caption.
         by_video = rank(best_of_groups(video_rows, torch.as_tensor(owner_T), num_videos), right_V, num_texts)
-        result.append(Measured(prefix, summary, by_text[prefix].ranks_Q.numpy(), np.asarray(owner_T)))
-        result.append(Measured(f"{prefix}v2t_", summary, by_video.ranks_Q.numpy(), np.arange(num_videos)))
+        result.append(Measured(prefix, summary, by_text[prefix].ranks_Q, np.asarray(owner_T)))
+        result.append(Measured(f"{prefix}v2t_", summary, by_video.ranks_Q, np.arange(num_videos)))
     return result, by_text[""]
 
 

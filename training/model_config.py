@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
+from training.backbone import Trait, refusal
 
 
 class CaptionerConfig(Settings):
@@ -24,6 +25,7 @@ class ScorerSettings(Settings):
     """What every scorer has."""
 
     counts_frames: ClassVar[bool] = False  # its parameters have the number of frames as a size
+    reads_words: ClassVar[bool] = False  # of a sentence it looks at more than where it is read out
 
     @property
     def reads_padding(self) -> bool:
@@ -43,6 +45,7 @@ class XClipConfig(ScorerSettings):
     """X-CLIP (ACM MM 2022): sentence and words against video and frames."""
 
     counts_frames: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = True
     name: Literal["xclip"] = Field("xclip", description="scorer")
     temperature: PositiveFloat = Field(0.01, description="of the attention over similarities (official: 0.01)")
     padded_words: bool = Field(
@@ -71,6 +74,12 @@ class TwoTowerConfig(Settings):
 
     backbone: str = Field(description="open_clip model name, a name in training/models/backbones, or a .json path")
     pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
+    init_from: str | None = Field(
+        None, description="run, export or import whose weights training starts from, instead of pretrained; path or URL"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="pixels of a frame's side, to which image positions are resampled; null = the backbone's own"
+    )
     num_frames: PositiveInt = Field(6, description="frames per clip in training")
     max_tokens: PositiveInt = Field(77, description="longer captions are cut, in tokens with start and end")
     freeze_backbone: bool = Field(
@@ -93,6 +102,25 @@ class TwoTowerConfig(Settings):
     def adds_to_clip(self) -> bool:
         """True if retrieval goes through a module that is not CLIP's."""
         return self.temporal is not None
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        """What the backbone must have, each with the keys that ask for it."""
+        needs: dict[Trait, str] = {}
+        if self.captioner or self.temporal:
+            needs["text as wide as frames"] = "model.captioner" if self.captioner else "model.temporal"
+        if self.captioner:
+            needs["CLIP's tokenizer"] = "model.captioner"
+        if self.scorer and self.scorer.reads_words:
+            needs["end token"] = f"model.scorer.name={self.scorer.name}"
+        return needs
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> Self:
+        reason = refusal(self.backbone, self.needs, self.max_tokens)
+        if reason:
+            raise ValueError(reason)
+        return self
 
     @model_validator(mode="after")
     def _check_frozen(self) -> Self:
@@ -208,6 +236,15 @@ class VoPConfig(TwoTowerConfig):
     def adds_to_clip(self) -> bool:
         return bool(self.visual_prompts or self.text_prompts) or super().adds_to_clip
 
+    @property
+    def needs(self) -> dict[Trait, str]:
+        needs = super().needs
+        if self.text_prompts:
+            needs["causal text"] = f"model.text_prompts={self.text_prompts}"
+        if self.specific == "context":
+            needs["cls"] = "model.specific=context"
+        return needs
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_specific > self.visual_prompts:
@@ -234,6 +271,10 @@ class ShiftConfig(TwoTowerConfig):
     unit_frames: bool = Field(
         True, description="frames are made unit length before their mean, as in retrieval; TokShift's classifier: false"
     )
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        return {"cls": f"model.name={self.name}", **super().needs}  # type: ignore[attr-defined]
 
 
 class TokenShiftConfig(ShiftConfig):
@@ -279,6 +320,10 @@ class ClipVipConfig(TwoTowerConfig):
     @property
     def adds_to_clip(self) -> bool:
         return True
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        return {"cls": "model.name=clip_vip", "own ViT": "model.name=clip_vip"}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,7 +10,9 @@ Shapes: Q queries, N items that they rank, C queries of a chunk, K candidates, T
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training import collectives
@@ -26,11 +28,14 @@ def cosines(text_TD: Tensor, video_VD: Tensor) -> Tensor:
 
 
 class Ranking(NamedTuple):
-    """Of every query: its rank, the best wrong item, and by how much the best right item scores more than that."""
+    """Of every query: its rank, the best wrong item, and by how much the best right item scores more than that.
 
-    ranks_Q: Tensor
-    rivals_Q: Tensor
-    margins_Q: Tensor
+    In numpy, which Ray hands from a worker to the driver; it refuses tensors.
+    """
+
+    ranks_Q: NDArray[np.float64]
+    rivals_Q: NDArray[np.int64]
+    margins_Q: NDArray[np.float64]
 
 
 def rank(rows: Rows, right: Sequence[Sequence[int]], num_items: int) -> Ranking:
@@ -41,7 +46,8 @@ def rank(rows: Rows, right: Sequence[Sequence[int]], num_items: int) -> Ranking:
         right: of each query, the right items: at least one.
     """
     mine = [_ranked(rows(chunk), right[chunk]) for chunk in _chunks(len(right), num_items)]
-    return Ranking(*map(torch.cat, zip(*(p for part in collectives.gather_objects(mine) for p in part), strict=True)))
+    parts = [part for of_rank in collectives.gather_objects(mine) for part in of_rank]
+    return Ranking(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def best_of_groups(rows: Rows, group_N: Tensor, num_groups: int) -> Rows:
@@ -114,4 +120,5 @@ def _ranked(scores_CN: Tensor, right: Sequence[Sequence[int]]) -> Ranking:
     best_C1 = right_CN.amax(-1, keepdim=True)
     rivals = wrong_CN.max(-1)
     ranks_C = 1 + (wrong_CN > best_C1).sum(-1) + (wrong_CN == best_C1).sum(-1).double() / 2
-    return Ranking(ranks_C, rivals.indices, (best_C1[:, 0] - rivals.values).double())
+    margins_C = (best_C1[:, 0] - rivals.values).double()
+    return Ranking(ranks_C.numpy(), rivals.indices.numpy(), margins_C.numpy())

@@ -119,7 +119,7 @@ def examples(evaluation: Evaluation, count: int, hardest: bool) -> list[Example]
     if len(infos) < 2:
         return []
     captions = [(v, caption.text) for v, info in enumerate(infos) for caption in info.captions]
-    order = np.lexsort((-ranking.margins_Q.numpy(), ranking.ranks_Q.numpy()))
+    order = np.lexsort((-ranking.margins_Q, ranking.ranks_Q))
     chosen: dict[int, int] = {}
     for query in order[::-1] if hardest else order:
         if len(chosen) == count:

@@ -7,7 +7,6 @@ result.json. Starting the same (run.name, run.storage) again resumes it; a finis
 import json
 import logging
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfi
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
-from common import logs, shards, storage
-from common.errors import ConfigError, NotFoundError, RunError, exit_with, told
-from training import models, tracking
+from common import logs, ray_address, shards, storage
+from common.errors import ConfigError, NotFoundError, RunError, TryAgainError, exit_with, told
+from training import tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import check_frames, sample_order
 from training.driver import only_driver, with_driver
 from training.failures import TellFailures, without_traceback
+from training.start import check_model
 from training.weights import best_url, run_url
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
             dataset.split(split)
     sample_order(config, dataset)
     check_frames(config, config.data.dataset, dataset, config.data.train[0], config.eval.views)
-    models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
+    check_model(config)
     storage.check_writable(run)
     with only_driver(run):
         check_identity(config, run, dataset_sha256)
@@ -117,7 +117,7 @@ def _of_the_controller(error: Exception) -> Exception:
     """Ray's controller keeps its list of checkpoints in the run's storage, and does not wait for it."""
     if isinstance(error, ControllerError):
         reason = str(error).strip().splitlines()[-1]
-        return RunError(f"Ray's controller failed ({reason}): start the same command again to go on")
+        return TryAgainError(f"Ray's controller failed ({reason}): start the same command again to go on")
     return error
 
 
@@ -129,7 +129,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1
     least = num_workers if isinstance(num_workers, int) else num_workers[0]
     cpus = workers.cpus_per_worker or (workers.loader_workers or 0) + 1
-    resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
+    resources = {"CPU": cpus, "GPU": workers.gpus_per_worker} if use_gpu else {"CPU": cpus}
     for name, needed in resources.items():
         there = ray.cluster_resources().get(name, 0)
         if least * needed > there and not workers.autoscale:
@@ -188,6 +188,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """
     configs.refuse_relative_in_job(config, *PATHS)
     paths = {"run.storage": config.run.storage, "data.dataset": config.data.dataset, "data.cache": config.data.cache}
+    if config.model.init_from is not None:
+        paths["model.init_from"] = config.model.init_from
     changes = {key: storage.absolute(value) for key, value in paths.items()}
     for key, value in {"model.backbone": config.model.backbone, "model.pretrained": config.model.pretrained}.items():
         if value and not storage.is_s3(value) and Path(value).expanduser().is_file():
@@ -244,18 +246,13 @@ def connect() -> None:
     be on, and every process must know which cluster is meant; else the next run waits for ever.
 
     Raises:
-        RunError: nothing listens at RAY_ADDRESS.
+        RunError: there is no cluster at RAY_ADDRESS.
     """
     address = os.environ.get("RAY_ADDRESS")
-    host, _, port = (address or "").rpartition(":")
-    if host and "/" not in host:  # Ray itself would try for many minutes
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except (OSError, ValueError) as error:
-            raise RunError(f"no Ray cluster at RAY_ADDRESS={address} ({error}): correct it, or unset it") from None
     env = {"env_vars": {"RAY_ADDRESS": address}} if address else None
     dashboard = None if address else True
-    ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
+    with ray_address.checked():
+        ray.init(runtime_env=env, include_dashboard=dashboard, log_to_driver=True, logging_level=logging.WARNING)
 
 
 def main() -> int:

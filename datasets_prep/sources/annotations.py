@@ -23,12 +23,15 @@ def read_text(url: str) -> str:
     """A file's text: UTF-8, and bytes that are not, as cp1252, with a line in the log.
 
     Raises:
+        DataError: it is no text in either.
         StorageError: it can't be read.
     """
     data = storage.read(url)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in data:
+            raise DataError(f"{url} is not UTF-8 text: save it as UTF-8") from None
         log.warning("%s is not UTF-8 at byte %d: read such bytes as cp1252", url, error.start)
         return data.decode("utf-8-sig", errors=CP1252)
 

@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from common import storage
 from common.errors import DataError
 from datasets_prep.config import CustomConfig
 from datasets_prep.plan import Clip
+from datasets_prep.sources.annotations import clean, read_text
 from datasets_prep.sources.files import VideoFiles
 
 log = logging.getLogger(__name__)
@@ -94,10 +94,7 @@ def _merge(first: Line, second: Line) -> Line:
 
 
 def _lines(annotations: str) -> Iterator[Line]:
-    try:
-        text = storage.read(annotations).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{annotations} is not UTF-8 text: save it as UTF-8") from None
+    text = read_text(annotations)
     rows = _csv_rows(annotations, text) if annotations.endswith(".csv") else _jsonl_rows(annotations, text)
     ignored: set[str] = set()
     for where, row in rows:
@@ -155,7 +152,7 @@ def _check(where: str, row: dict[str, Any]) -> Line:
     if end is not None and end <= (start or 0.0):
         raise DataError(f"{where}: end {end:g} is not after start {start or 0.0:g}")
     key = (posixpath.normpath(video), start, end)
-    return Line(where, key, list(dict.fromkeys(c.strip() for c in captions)), split, _text(where, row, "group"))
+    return Line(where, key, list(dict.fromkeys(map(clean, captions))), split, _text(where, row, "group"))
 
 
 def _text(where: str, row: dict[str, Any], name: str) -> str | None:

@@ -3,12 +3,12 @@
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from common.errors import DataError
 from datasets_prep.plan import Clip
-from datasets_prep.sources.annotations import clean, some
+from datasets_prep.sources.annotations import clean
 from datasets_prep.sources.custom import deal
 from datasets_prep.sources.files import VideoFiles
 
@@ -34,21 +34,21 @@ class Annotated(NamedTuple):
 
 
 def locate(annotated: Iterable[Annotated], videos: str) -> list[Clip]:
-    """Clips with their files, captions cleaned; one without a caption is left out with a line in the log.
+    """Clips with their files, captions cleaned.
 
     Raises:
         DataError: no video, or one that occurs twice (in a split or in two).
         StorageError: the folder can't be listed.
     """
-    kept = list(_with_captions(annotated))
-    if not kept:
+    cleaned = [video._replace(captions=[c for c in map(clean, video.captions) if c]) for video in annotated]
+    if not any(video.captions for video in cleaned):
         raise DataError("the annotations hold no video with a caption: give the files as they were published")
-    _check_once(kept)
+    _check_once(cleaned)
     files = VideoFiles(videos)
-    found = [_first(files, video.spans) for video in kept]
+    found = [_first(files, video.spans) for video in cleaned]
     cuts = Counter(file[0] for _, file in found if file)
     clips = []
-    for video, (span, file) in zip(kept, found, strict=True):
+    for video, (span, file) in zip(cleaned, found, strict=True):
         path, size = (span.name, None) if file is None else (file[0], file[1] // cuts[file[0]])
         split = sys.intern(video.split)
         captions = tuple(video.captions)
@@ -63,28 +63,16 @@ def carve(split: str, source_id: str, share: float) -> str:
     return "val" if split == "train" and deal(source_id, share, 0.0) == "val" else split
 
 
-def _with_captions(annotated: Iterable[Annotated]) -> Iterator[Annotated]:
-    silent = []
-    for video in annotated:
-        captions = [c for c in map(clean, video.captions) if c]
-        if captions:
-            yield video._replace(captions=captions)
-        else:
-            silent.append(video.video_id)
-    if silent:
-        log.warning("%d videos have no caption (%s): left out", len(silent), some(silent))
-
-
-def _check_once(kept: list[Annotated]) -> None:
+def _check_once(annotated: list[Annotated]) -> None:
     splits: dict[str, str] = {}
-    for video in kept:
+    for video in annotated:
         other = splits.setdefault(video.video_id, video.split)
         if other != video.split:
             raise DataError(
                 f"video {video.video_id!r} is in {other} and in {video.split}: remove it from the annotations of one"
             )
-    if len(splits) < len(kept):
-        [(twice, _)] = Counter(video.video_id for video in kept).most_common(1)
+    if len(splits) < len(annotated):
+        [(twice, _)] = Counter(video.video_id for video in annotated).most_common(1)
         raise DataError(f"video {twice!r} is annotated twice in {splits[twice]}: remove one of the two")
 
 

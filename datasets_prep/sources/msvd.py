@@ -1,7 +1,6 @@
 """MSVD: captions by video id in captions_msvd.json or raw-captions.pkl, and a list of ids for each split."""
 
 import io
-import logging
 import pickle
 import re
 from typing import Any
@@ -10,10 +9,9 @@ from common import storage
 from common.errors import DataError
 from datasets_prep.benchmarks import MsvdConfig
 from datasets_prep.plan import Clip
-from datasets_prep.sources.annotations import read_ids, read_json, some
+from datasets_prep.sources.annotations import read_ids, read_json
 from datasets_prep.sources.locate import Annotated, Span, locate
 
-log = logging.getLogger(__name__)
 FORM = '{"VIDEO_START_END": ["a sentence", …], …}'
 
 
@@ -23,18 +21,14 @@ def read(config: MsvdConfig) -> list[Clip]:
     A clip's source is the YouTube video that it was cut from.
 
     Raises:
-        DataError: a file is of another form, or lists no video that has captions.
+        DataError: a file is of another form, or no video listed has a caption.
         StorageError: a file or the folder can't be read.
     """
     captions = _read_pickle(config.captions) if config.captions.endswith(".pkl") else read_json(config.captions)
     sentences = _sentences(config.captions, captions)
     annotated = []
     for split, url in (("train", config.train_ids), ("val", config.val_ids), ("test", config.test_ids)):
-        ids = read_ids(url)
-        absent = [i for i in ids if i not in sentences]
-        if absent:
-            log.warning("%s: %d ids have no caption (%s): left out", url, len(absent), some(absent))
-        for video_id in ids:
+        for video_id in read_ids(url):
             source_id = re.sub(r"_\d+_\d+$", "", video_id)
             annotated.append(Annotated(split, video_id, source_id, sentences.get(video_id, []), (Span(video_id),)))
     return locate(annotated, config.videos)

@@ -31,7 +31,7 @@ RENAME = "give source.columns.* their names, and null to one that is not there"
 
 
 class Part(NamedTuple):
-    """A clip's id and what it shows: `captions` are cleaned, at least one."""
+    """A clip's id and what it shows: `captions` are cleaned."""
 
     video_id: str
     captions: tuple[str, ...]
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One checked row: a video or a part of it, or a long video with many parts. No parts: it has no caption."""
+    """One checked row: a video or a part of it, or a long video with many parts."""
 
     split: str
     source_id: str
@@ -87,21 +87,16 @@ def read(config: TableConfig) -> Iterator[Clip]:
 def _survey(config: TableConfig, files: VideoFiles) -> Survey:
     numbers, ids = array("q"), array("Q")
     counts = np.zeros(len(files), np.uint32)
-    num_silent = 0
+    has_captions = False
     for row in _rows(config):
-        if not row.parts:
-            num_silent += 1
-            numbers.append(NO_FILE)
-            continue
+        has_captions = has_captions or any(part.captions for part in row.parts)
         number = next((n for n in map(files.index, row.names) if n is not None), NO_FILE)
         numbers.append(number)
         ids.extend(_hash(part.video_id) for part in row.parts)
         if number != NO_FILE:
             counts[number] += len(row.parts)
-    if num_silent == len(numbers):
+    if not has_captions:
         raise DataError(f"{config.train} holds no row with a caption: nothing to build")
-    if num_silent:
-        log.warning("%d rows have no caption: left out", num_silent)
     values, occurrences = np.unique(np.frombuffer(ids, np.uint64), return_counts=True)
     return Survey(numbers, counts, frozenset(values[occurrences > 1].tolist()))
 
@@ -135,8 +130,7 @@ def _row(where: str, values: dict[str, Any], split: str, columns: TableColumns) 
     parts = []
     for (start, end), of_part in zip(spans, captions, strict=True):
         cleaned = tuple(c for c in (clean(_text(text)) for text in of_part) if c)
-        if cleaned:
-            parts.append(Part(span_id(video_id, start, end), cleaned, start, end))
+        parts.append(Part(span_id(video_id, start, end), cleaned, start, end))
     # With a path, rows of other ids may be parts of the same file.
     return Row(split, path or video_id, [path, video_id] if path else [video_id], url or None, parts)
 

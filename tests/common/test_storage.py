@@ -55,6 +55,16 @@ def test_list_names_files_below_a_prefix_in_order(base: str) -> None:
     assert names(f"{base}/absent") == []
 
 
+def test_linked_folders_are_listed_but_not_for_ever(tmp_path: Path) -> None:
+    """People lay links to the disks that their videos are on."""
+    for name in ("disk/deep/a", "videos/b"):
+        storage.publish_bytes(b"x", str(tmp_path / name))
+    (tmp_path / "videos/more").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(tmp_path / "videos")  # a circle of two links
+    (tmp_path / "disk/gone").symlink_to(tmp_path / "nowhere")
+    assert names(str(tmp_path / "videos")) == ["b", "more/deep/a"]
+
+
 def test_more_than_a_page_is_listed(s3: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: storage.publish_bytes(b"", f"{s3}/{i:04d}"), range(1005)))

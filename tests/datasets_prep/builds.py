@@ -19,6 +19,7 @@ from datasets_prep.sources import SOURCES
 Annotate = Callable[..., str]
 Write = Callable[..., str]
 Files = dict[str, tuple[int, bytes]]
+GOOD = {"video": "small.mp4", "caption": "good", "split": "train"}  # a line of annotations
 
 
 def load(preset: str, output: Path | str, *overrides: str) -> BuildConfig:

@@ -1,5 +1,6 @@
 """What a video may do to the decoder: the process that asks goes on, and knows whether the clip is at fault."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +29,13 @@ def stop() -> None:
     check_module._process.cache_clear()
 
 
-CRASH = "import os, signal\ndef VideoReader(*a, **k): os.kill(os.getpid(), signal.SIGSEGV)"
-SPIN = "def VideoReader(*a, **k):\n    while True: pass"
-SLEEP = "import time\ndef VideoReader(*a, **k): time.sleep(1000)"
-KILLED = "import os, signal\ndef VideoReader(*a, **k): os.kill(os.getpid(), signal.SIGKILL)"
+LOGGING = "import os, signal, time\nclass logging: QUIET, set_level = 0, id\n"
+CRASH = LOGGING + "def VideoReader(*a, **k): os.kill(os.getpid(), signal.SIGSEGV)"
+KILLED = LOGGING + "def VideoReader(*a, **k): os.kill(os.getpid(), signal.SIGKILL)"
+SPIN = LOGGING + "def VideoReader(*a, **k):\n    while True: pass"
+SLEEP = LOGGING + "def VideoReader(*a, **k): time.sleep(1000)"
+RAISED = LOGGING + "def VideoReader(*a, **k): raise RuntimeError('[12:01:02] /x/reader.cc:270: bad atom at 0x1f of 77')"
+SILENT = LOGGING + "def VideoReader(*a, **k): raise MemoryError"
 
 
 @pytest.mark.parametrize("every_frame", [True, False])
@@ -60,7 +64,29 @@ def test_a_decoder_that_fails_takes_nothing_down(
     with pytest.raises(error, match=message):
         check_apart(videos / "small.mp4", True, config)
     fake.unlink()  # the real one again, in a new process
-    assert check_apart(videos / "small.mp4", True, config).num_frames == 20
+    assert check_apart(videos / "small.mp4", True, VideoConfig()).num_frames == 20
+
+
+def test_a_reason_is_the_same_for_many_files(videos: Path, fake: Path) -> None:
+    """Without numbers of the one file; and what is raised without a word has a reason, too."""
+    fake.write_text(RAISED)
+    with pytest.raises(DataError, match=r"^cannot be decoded: bad atom at N of N$"):
+        check_apart(videos / "small.mp4", True, VideoConfig())
+    stop()
+    fake.write_text(SILENT)
+    with pytest.raises(DataError, match=r"^cannot be decoded: MemoryError$"):
+        check_apart(videos / "small.mp4", True, VideoConfig())
+
+
+def test_a_broken_stream_writes_nothing_to_the_log(videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Of libav, in the middle of Ray's lines and the bar. Seen to fail without decord's level."""
+    data = bytearray((videos / "small.mp4").read_bytes())
+    middle = data.index(b"mdat") + 3000
+    data[middle : middle + 2000] = b"\x55" * 2000
+    (tmp_path / "broken.mp4").write_bytes(data)
+    with contextlib.suppress(DataError):
+        check(tmp_path / "broken.mp4", every_frame=True)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_stream_that_crashes_the_decoder_is_made_anew(videos: Path, tmp_path: Path, fake: Path) -> None:

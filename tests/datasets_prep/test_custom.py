@@ -23,13 +23,13 @@ def test_lines_of_a_video_merge_and_spans_are_clips(annotate: Annotate, videos: 
     path = annotate(
         {"video": "small.mp4", "captions": ["one", "two"], "split": "train"},
         {"video": "./small.mp4", "caption": "three"},
-        {"video": "small.mp4", "caption": "two"},
+        {"video": "small.mp4", "caption": " two\n"},
         {"video": "wide.mp4", "caption": "a", "start": 0, "end": 1.5, "group": "g"},
         {"video": "wide.mp4", "caption": "b", "start": 1.5},
     )
     clips = read(path, videos)
     assert set(clips) == {"small.mp4", "wide.mp4:0-1.5", "wide.mp4:1.5-"}
-    assert clips["small.mp4"].captions == ("one", "two", "three")
+    assert clips["small.mp4"].captions == ("one", "two", "three")  # once each, cleaned
     assert (clips["small.mp4"].split, clips["small.mp4"].source_id) == ("train", "small.mp4")
     assert clips["wide.mp4:0-1.5"].source_id == "g"
     assert clips["wide.mp4:1.5-"].source_id == "wide.mp4"
@@ -123,11 +123,17 @@ def test_bad_files(annotate: Annotate, videos: Path, tmp_path: Path) -> None:
         read(annotate("", " "), videos)
     with pytest.raises(NotFoundError, match="does not exist"):
         read(str(tmp_path / "none.jsonl"), videos)
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.jsonl").write_bytes("\ufeff{}".encode("utf-16"))
     with pytest.raises(DataError, match="not UTF-8"):
         read(str(tmp_path / "binary.jsonl"), videos)
     with pytest.raises(DataError, match="no folder with videos"):
         read(annotate({"video": "a.mp4", "caption": "x"}), tmp_path / "none")
+
+
+def test_a_table_as_spreadsheets_save_it(videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.csv").write_bytes("video,caption\r\nsmall.mp4,\u201ccaf\u00e9\u201d\r\n".encode("cp1252"))
+    assert read(str(tmp_path / "a.csv"), videos)["small.mp4"].captions == ("\u201ccaf\u00e9\u201d",)
+    assert "a.csv is not UTF-8 at byte 25: read such bytes as cp1252" in caplog.text
 
 
 def test_unused_names_are_mentioned(annotate: Annotate, videos: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,6 +61,14 @@ def test_input_order_does_not_matter_but_the_seed_does() -> None:
     assert test[0] == test[1] == sorted(test[0])  # only the splits of `shards.shuffle` are shuffled
 
 
+def test_samples_of_one_size_fill_a_shard_by_that_size() -> None:
+    """JPEGs take as much of a long video as of a short one; a file that is missing or empty takes nothing."""
+    clips = [clip(i, size=size) for i, size in enumerate([10_000, 1, 500, 70, None, 0])]
+    made = make_plan(clips, ShardConfig(max_bytes=200), 0, {}, sample_bytes=100)
+    assert [sum(100 for c in s.clips if c.size) for s in shards_of(made)] == [200, 200]
+    assert len({made.hash, make_plan(clips, ShardConfig(max_bytes=200), 0, {}).hash}) == 2
+
+
 def test_the_hash_names_all_that_changes_the_bytes() -> None:
     clips = [clip(i) for i in range(9)]
     hashes = {

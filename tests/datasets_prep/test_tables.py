@@ -34,12 +34,12 @@ def test_webvid(write: Write, put: Write, caplog: pytest.LogCaptureFixture) -> N
     val = write("val.csv", WEBVID + "5,https://host/5,P,d,also in val\n")
     videos = put("0000_0001/7.mp4", "0000_0001/8.mp4", "5.webm")
     clips = read(table("webvid", f"train={train}", f"val={val}", f"videos={videos}"))
-    assert counts(clips) == {"train": 999, "val": 1}
+    assert counts(clips) == {"train": 1000, "val": 1}
     named = {c.video_id: c for c in clips}
     assert named["7"] == Clip("train", "7", "7", ("Man, 7 walks",), "0000_0001/7.mp4", None, None, 50)
     assert named["5"].split == "val"  # as what is selected on must not be trained on
     assert named["9"][4:] == ("https://host/9/preview.mp4", None, None, None)  # only named, for the report
-    assert caplog.text.count("1 rows have no caption: left out") == 1  # of two readings
+    assert named["1000"].captions == ()  # it will be rejected
     assert "2 clips repeat the id of another: left out" in caplog.text
     carved = read(table("webvid", f"train={train}", f"test={val}", f"videos={videos}"))
     assert 20 < counts(carved)["val"] < 90
@@ -73,12 +73,13 @@ def test_panda70m(write: Write, put: Write) -> None:
         "test": write("test.csv", PANDA + panda_row("t", spans, ["t", None])),
     }
     clips = by_id(table("panda70m", *(f"{k}={v}" for k, v in files.items()), f"videos={put('x/-aZ.mp4', 'long.mkv')}"))
-    assert counts(list(clips.values())) == {"test": 1, "val": 1, "train": 52}
+    assert counts(list(clips.values())) == {"test": 2, "val": 1, "train": 52}
     first, second = clips["-aZ:30.113-38.538"], clips["-aZ:62-3600"]
     assert first == Clip("train", first.video_id, "-aZ", ('It\'s a "dog".',), "x/-aZ.mp4", 30.113, 38.538, 50)
     assert (second.captions, second.source_id) == (("A cat.",), "-aZ")
     assert clips["long:7-3600"].size == 2  # 100 bytes among 50 clips, in a row longer than csv's own limit
     assert clips["t:30.113-38.538"][4:] == ("https://www.youtube.com/watch?v=t", 30.113, 38.538, None)
+    assert clips["t:62-3600"].captions == ()
 
 
 COLUMNS = '{"id": "id", "path": "file", "url": null, "start": "start", "end": "end", "caption": "text"}'

@@ -92,10 +92,54 @@ def test_cuts_a_span(videos: Path, tmp_path: Path) -> None:
 def test_a_turned_phone_video_is_upright(videos: Path, tmp_path: Path) -> None:
     turned = tmp_path / "turned.mp4"
     ffmpeg("-display_rotation", "90", "-i", str(videos / "small.mp4"), "-c", "copy", str(turned))
-    assert video.probe(turned, CONFIG).is_rotated
+    assert not video.probe(turned, CONFIG).is_as_shown
     info = convert(turned, tmp_path)
     assert (info.width, info.height) == (64, 96)
-    assert not video.probe(tmp_path / "out.mp4", CONFIG).is_rotated  # upright pixels: not every decoder turns them
+    assert video.probe(tmp_path / "out.mp4", CONFIG).is_as_shown  # upright pixels: not every decoder turns them
+
+
+def test_pixels_that_are_not_square_are_made_so(videos: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.mp4"
+    ffmpeg("-i", str(videos / "small.mp4"), "-c", "copy", "-aspect", "3:1", str(wide))  # shown as 192x64
+    info = convert(wide, tmp_path)
+    assert (info.width, info.height) == (192, 64)
+
+
+DASH = """<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"
+mediaPresentationDuration="PT2S" profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period><AdaptationSet
+mimeType="video/mp4"><Representation id="1" bandwidth="1000" codecs="avc1.64000a" width="96" height="64">
+<BaseURL>{}</BaseURL></Representation></AdaptationSet></Period></MPD>"""
+HLS = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{}\n#EXT-X-ENDLIST\n"
+CONCAT = "ffconcat version 1.0\nfile {}\n"
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.mp4", DASH), ("a.m3u8", HLS), ("a.mp4", CONCAT), ("a.mp4", "<svg/>")])
+def test_a_list_of_other_files_is_no_video(videos: Path, tmp_path: Path, name: str, text: str) -> None:
+    """It could name any file of the node. Seen to fail without `-format_whitelist`."""
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes((videos / "small.mp4").read_bytes())
+    (tmp_path / name).write_text(text.format("secret.mp4" if text == CONCAT else secret))
+    with pytest.raises(DataError, match="not a video: a playlist, a picture or the like"):
+        convert(tmp_path / name, tmp_path)
+
+
+STREAM = "  Stream #0:0: Video: h264 (High), yuv420p, 96x64, 10 fps"
+
+
+@pytest.mark.parametrize("payload", ["video", "frames"])
+def test_a_title_or_a_name_that_reads_like_a_stream(videos: Path, tmp_path: Path, payload: str) -> None:
+    """Seen to fail without the `^` of each pattern, and for a copy without the look at what was copied."""
+    source = tmp_path / f"x\n{STREAM}.mp4"
+    title = ["-metadata", f"title={STREAM}\n  Duration: 99:00:00.00, start: 0"]
+    ffmpeg("-i", str(videos / "wide.mp4"), *title, "-an", "-g", "5", str(tmp_path / "titled.mp4"))
+    source.write_bytes((tmp_path / "titled.mp4").read_bytes())
+    for name in (tmp_path / "titled.mp4", source):
+        if payload == "video":
+            info = convert(name, tmp_path)
+        else:
+            info, _ = video.convert_to_frames(name, tmp_path, CONFIG, FramesConfig(), None, None)
+        assert (info.width, info.height) == (114, 64)
+        assert info.fps == (10.0 if name == source else 30.0)  # a name gains no more than its own clip's frames
 
 
 @pytest.mark.parametrize(
@@ -124,7 +168,7 @@ def test_rejects_a_song_with_a_cover(videos: Path, tmp_path: Path) -> None:
 
 
 def test_rejects_a_span_after_the_end(videos: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="start=5 s is after the end"):
+    with pytest.raises(DataError, match="it would begin after the end of the video"):
         convert(videos / "small.mp4", tmp_path, start=5.0, end=6.0)
 
 

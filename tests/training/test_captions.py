@@ -121,7 +121,7 @@ def test_a_caption_ends_at_the_end_token_or_at_the_most_tokens() -> None:
 @pytest.mark.parametrize("backbone", ["tiny", "ViT-B-32"])
 def test_ids_are_read_back_as_the_sentence(backbone: str) -> None:
     for sentence in ("a red square moves, then it's gone!", "two zebras don't sleep for 10 hours.", "größe 大"):
-        ids = clip_tower.tokenizer(backbone, 77)([sentence])[0].tolist()
+        ids = models.tokenizer(backbone, 77)([sentence])[0].tolist()
         assert models.detokenizer(backbone)(ids[1:-1]) == sentence
 
 

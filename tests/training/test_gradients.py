@@ -17,6 +17,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import validate
 from tests.entry import REPOSITORY
@@ -212,6 +213,23 @@ def gradients_of(model: models.TwoTower) -> dict[str, torch.Tensor]:
     frames, tokens, weights = batch()
     sum(objective(model(frames, tokens), tokens, weights).values()).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_every_attention_is_the_fused_one():
+    """In the switched blocks, the aggregation, the text tower and the caption head. Seen to fail with need_weights."""
+    calls: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model = build()
+    with Record():
+        model(*batch()[:2])
+    # Two blocks and the aggregation; two of the text tower; the caption head's self- and cross-attention.
+    assert sum("scaled_dot_product" in call and "backward" not in call for call in calls) == 3 + 2 + 2
+    assert not [call for call in calls if "softmax" in call]
 
 
 def test_checkpointed_activations_are_computed_again_and_change_no_gradient():

@@ -93,6 +93,8 @@ def assert_evaluation_repeats(result: dict[str, float], tiny: TrainConfig, folde
     given = validate(EvaluateConfig, tiny.model_dump(mode="json"))
     with pytest.raises(ConfigError, match="the runs name different test sets"):
         evaluate_runs([given, apply(given, {"data.test": "val"})])
+    with pytest.raises(ConfigError, match="a run is given twice"):
+        evaluate_runs([given, given])
 
 
 def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
@@ -103,6 +105,21 @@ def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
     torch.manual_seed(config.seed)
     untrained = models.build(config.model).state_dict()
     assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
+
+
+def test_new_training_starts_from_old_weights(tiny: TrainConfig):
+    torch.manual_seed(7)
+    old, url = models.build(tiny.model), run_url(apply(tiny, {"run.name": "old"}))
+    save_best(url, old, 1, {})
+    storage.publish_bytes(dump(tiny).encode(), storage.join(url, "config.yaml"))
+    config = apply(tiny, {"optim.steps": 0, "model.init_from": url})
+    train(config)
+    kept = load_run(run_url(config))[1].state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in old.state_dict().items())
+    with pytest.raises(RunError, match=r"model\.init_from was .*, is null"):
+        train(apply(config, {"model.init_from": None}))
+    with pytest.raises(ConfigError, match=r"does not fit the model: prompt_cube is \[6, 6, 64\] there"):
+        train(apply(config, {"run.name": "other", "model.num_prompts": 3}))  # by the driver, before any worker
 
 
 def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig, tmp_path: Path):

@@ -118,7 +118,7 @@ def train_loader(
     settings = FrameSettings(
         model.segments,
         model.num_frames // model.segments,
-        models.image_size_of(model.backbone),
+        models.image_size(model),
         config.data.crop_scale,
         config.data.flip,
     )
@@ -146,7 +146,7 @@ def eval_frames(config: TrainConfig, views: int) -> FrameSettings:
     """The evaluation's frames: `views` clips of num_frames, interleaved in time, centre square."""
     model = config.model
     chunks = views * model.num_frames // model.segments
-    return FrameSettings(model.segments, chunks, models.image_size_of(model.backbone))
+    return FrameSettings(model.segments, chunks, models.image_size(model))
 
 
 def check_frames(config: TrainConfig, url: str, dataset: DatasetIndex, split: str, views: int) -> None:

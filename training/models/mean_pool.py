@@ -16,9 +16,9 @@ class MeanPool(TwoTower):
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         visual = self.clip.visual
         x_NLD = clip_tower.image_tokens(visual, pixels_BFCHW.flatten(0, 1))
-        for layer in range(visual.transformer.layers):
+        for layer in range(clip_tower.layers(visual)):
             x_NLD = clip_tower.run_block(visual, layer, x_NLD)
-        return clip_tower.project_cls(visual, x_NLD[:, 0]).unflatten(0, pixels_BFCHW.shape[:2])
+        return clip_tower.project(visual, clip_tower.pooled(visual, x_NLD)).unflatten(0, pixels_BFCHW.shape[:2])
 
     @property
     def is_plain_clip(self) -> bool:

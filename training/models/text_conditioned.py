@@ -54,7 +54,7 @@ class TextConditioned(nn.Module):
         self.towers, self.scorer = towers, scorer
 
     @property
-    def clip(self) -> clip_tower.open_clip.CLIP:
+    def clip(self) -> clip_tower.Clip:
         return self.towers.clip
 
     def encode_text(self, tokens_TL: Tensor) -> TextOut:

@@ -30,10 +30,10 @@ class TokenShift(TwoTower):
         ConfigError: the backbone has fewer layers or patches than the shift needs.
     """
 
-    def __init__(self, config: ShiftConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: ShiftConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__(config, clip)
         self.kind, self.div, self.frames_are_unit = config.shift, config.div, config.unit_frames
-        layers, tokens = clip_tower.layers(self.clip.visual), len(self.clip.visual.positional_embedding)
+        layers, tokens = clip_tower.layers(self.clip.visual), clip_tower.tokens_per_image(self.clip.visual)
         self.first = 0 if config.last_layers is None else layers - config.last_layers
         if self.first < 0:
             raise ConfigError(
@@ -43,7 +43,7 @@ class TokenShift(TwoTower):
             raise ConfigError(f"model.div={config.div} is more than the {tokens} image tokens of {config.backbone}")
 
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
-        return clip_tower.project_cls(self.clip.visual, self.tokens(pixels_BFCHW)[:, :, 0])
+        return clip_tower.project(self.clip.visual, self.tokens(pixels_BFCHW)[:, :, 0])
 
     def tokens(self, pixels_BFCHW: Tensor, layers: int | None = None) -> Tensor:
         """All tokens of all frames behind the first `layers`, or behind all, BFLD."""

@@ -31,10 +31,11 @@ class TS2Net(TokenShift):
         ConfigError: the backbone has too few patches or the temporal transformer too few positions.
     """
 
-    def __init__(self, config: TS2NetConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: TS2NetConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__(config, clip)
         self.config, self.tokens_per_frame = config, 1 + config.num_selected
-        patches, positions = len(self.clip.visual.positional_embedding) - 1, len(self.clip.positional_embedding)
+        patches = clip_tower.tokens_per_image(self.clip.visual) - 1
+        positions = len(clip_tower.text_tower(self.clip).positional_embedding)
         if config.num_selected > patches:
             raise ConfigError(
                 f"model.num_selected={config.num_selected} is more than the {patches} patches of {config.backbone}"
@@ -44,7 +45,7 @@ class TS2Net(TokenShift):
                 f"model.num_frames={config.num_frames} with {self.tokens_per_frame} tokens each (CLS and "
                 f"model.num_selected) are more than model.temporal's {positions} positions: lower one of them"
             )
-        self.predictor = TokenScores(self.clip.text_projection.shape[1])
+        self.predictor = TokenScores(clip_tower.joint_width(self.clip))
 
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         tokens_BFLD = self.projected(pixels_BFCHW)
@@ -57,7 +58,7 @@ class TS2Net(TokenShift):
 
     def projected(self, pixels_BFCHW: Tensor) -> Tensor:
         """All tokens of all frames in the joint space, BFLD."""
-        return clip_tower.project_cls(self.clip.visual, self.tokens(pixels_BFCHW))
+        return clip_tower.project(self.clip.visual, self.tokens(pixels_BFCHW))
 
     def in_context(self, frames_BFD: Tensor, mask_BF: Tensor | None = None) -> Tensor:
         """As they are: they have been in the temporal transformer, with their patches."""

@@ -30,7 +30,7 @@ class VideoOut(NamedTuple):
 
 
 class TextOut(NamedTuple):
-    """What the text tower gives. `vector_TD` is unit length; `mask_TL` is True at real tokens."""
+    """What the text tower gives. `vector_TD` is unit length; `mask_TL` is True up to the slot where it is read out."""
 
     vector_TD: Tensor
     words_TLD: Tensor
@@ -47,14 +47,21 @@ class Outputs(NamedTuple):
     caption_targets_K: Tensor | None
 
 
+def clip_of(config: TwoTowerConfig, load: bool = True) -> clip_tower.Clip:
+    """The towers that a configuration names; without `load`, random ones of the same kind. Raises ConfigError."""
+    return clip_tower.build_clip(config.backbone, config.pretrained, config.image_size, load)
+
+
 class TwoTower(nn.Module, ABC):
     """Base of the methods, which differ in `frame_features`. What is not in `clip` is new, and trains at `lr_new`."""
 
-    def __init__(self, config: TwoTowerConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: TwoTowerConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__()
-        self.clip = clip_tower.build_clip(config.backbone, config.pretrained) if clip is None else clip
+        self.clip = clip_of(config) if clip is None else clip
         self.is_frozen = config.freeze_backbone
         self.clip.requires_grad_(not self.is_frozen)
+        if self.clip.logit_bias is not None:  # SigLIP's sigmoid has it; a softmax does not feel it
+            self.clip.logit_bias.requires_grad_(False)
         head = config.captioner
         self.captioner = Captioner(self.clip, head.layers, head.dropout) if head else None
         self.temporal = None
@@ -102,7 +109,9 @@ class TwoTower(nn.Module, ABC):
     def encode_text(self, tokens_TL: Tensor) -> TextOut:
         vector_TD, words_TLD = clip_tower.encode_text(self.clip, tokens_TL)
         positions = torch.arange(tokens_TL.shape[1], device=tokens_TL.device)
-        return TextOut(normalize(vector_TD, dim=-1), words_TLD, positions < clip_tower.lengths(tokens_TL)[:, None])
+        return TextOut(
+            normalize(vector_TD, dim=-1), words_TLD, positions <= clip_tower.ends(self.clip, tokens_TL)[:, None]
+        )
 
     @property
     def towers(self) -> Self:

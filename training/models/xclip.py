@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from training.model_config import XClipConfig
-from training.models.clip import open_clip
+from training.models import clip as clip_tower
 from training.models.text_conditioned import Scorer
 from training.models.two_tower import TextOut, VideoOut
 
@@ -34,9 +34,9 @@ class Terms(NamedTuple):
 class XClip(Scorer):
     """The mean of four similarities; a matrix of them becomes one by attention over itself."""
 
-    def __init__(self, config: XClipConfig, clip: open_clip.CLIP, num_frames: int, num_words: int) -> None:
+    def __init__(self, config: XClipConfig, clip: clip_tower.Clip, num_frames: int, num_words: int) -> None:
         super().__init__()
-        width = clip.text_projection.shape[1]
+        width = clip_tower.joint_width(clip)
         self.temperature, self.padded_words, self.num_words = config.temperature, config.padded_words, num_words
         self.global_mat_weight, self.local_mat_weight = _identity(width), _identity(width)
         self.word_logit_weight, self.word_mat_weight, self.word_mat_weight2 = (_identity(num_words) for _ in range(3))

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from training.model_config import XPoolConfig
-from training.models.clip import open_clip
+from training.models import clip as clip_tower
 from training.models.text_conditioned import Scorer
 
 
 class XPool(Scorer):
     """Cross-attention with the text as its query, then a residual linear map, each with a LayerNorm behind it."""
 
-    def __init__(self, config: XPoolConfig, clip: open_clip.CLIP, num_frames: int, num_words: int) -> None:
+    def __init__(self, config: XPoolConfig, clip: clip_tower.Clip, num_frames: int, num_words: int) -> None:
         super().__init__()
-        width = clip.text_projection.shape[1]
+        width = clip_tower.joint_width(clip)
         self.cross_attn = CrossAttention(width, config.heads)
         self.linear_proj = _identity(width)
         self.layer_norm1, self.layer_norm2, self.layer_norm3 = (nn.LayerNorm(width) for _ in range(3))
