@@ -158,7 +158,7 @@ def test_a_killed_node(fragile: RayCluster, tmp_path: Path) -> None:
 
 
 def test_elastic_workers_become_fewer_and_more(fragile: RayCluster, tmp_path: Path) -> None:
-    """Seen to fail where the least number of workers is asked for, not the range, and without `resize_s`."""
+    """Fewer: seen to fail where the least number of workers is asked for, not the range."""
     changes = {"workers.num_workers": [1, 3], "workers.resize_s": 5, "optim.steps": 4 * STEPS}
     run = Run(fragile, tmp_path, **changes)
     driver = run.start()

@@ -99,7 +99,7 @@ def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: Tr
 
 
 def test_a_stopped_run_goes_on_where_its_checkpoint_is_and_ends_the_same(logged: TrainConfig, whole: Whole):
-    """Seen to fail where `restore` finds nothing."""
+    """Ended with its driver's part of Ray, which alone knows the checkpoints: the same command finds them."""
     with pytest.raises(ray.exceptions.ActorDiedError):
         train(logged, callbacks=[DieAtAReport()])
     assert train(logged) == whole.result
@@ -196,7 +196,6 @@ def test_only_damaged_checkpoints_are_one_sentence(logged: TrainConfig):
 
 
 def test_a_checkpoint_is_plain_data(whole: Whole):
-    """Seen to fail with the configuration, a class of ours, beside the tensors."""
     state = last_state(whole.config)
     assert set(state) == {"model", "optimizer", "step", "best"} and state["step"] == 8
 

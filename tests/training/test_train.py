@@ -221,7 +221,7 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):
-    """At once: no other start would find it whole. Seen to fail where Ray tries again, three times by default.
+    """At once: no other start would find it whole (test_failures.py).
 
     Read by a loader's own process, as the presets do: neither torch's nor Ray's traceback is shown.
     """
