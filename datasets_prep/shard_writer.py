@@ -1,5 +1,7 @@
 """One shard: clips → a local tar → publish → its marker. Any number of attempts give the same bytes."""
 
+import contextlib
+import errno
 import os
 import tarfile
 import tempfile
@@ -13,7 +15,7 @@ from typing import NamedTuple
 import webdataset
 
 from common import shards, storage
-from common.errors import DataError, NotFoundError, RunError, StorageError
+from common.errors import DataError, NoSpaceError, NotFoundError, RunError, StorageError
 from common.shards import (
     Caption,
     Histograms,
@@ -55,7 +57,7 @@ def write_shard(shard: Shard, plan_hash: str, output: str, recipe: Recipe) -> Ou
         StorageError: a source file or the output can't be reached. What is wrong with one clip is in the marker.
         RunError: the node is at fault.
     """
-    with tempfile.TemporaryDirectory(prefix="shard-") as folder:
+    with _with_room(), tempfile.TemporaryDirectory(prefix="shard-") as folder:
         tar = Path(folder) / "shard.tar"
         infos: dict[str, SampleInfo] = {}
         rejected: list[Rejected] = []
@@ -83,6 +85,18 @@ def write_shard(shard: Shard, plan_hash: str, output: str, recipe: Recipe) -> Ou
     marker = index.model_dump_json(exclude_none=True).encode()
     storage.publish_bytes(marker, storage.join(output, shards.marker_name(shard.name)))
     return outcome(shard.name, index)
+
+
+@contextlib.contextmanager
+def _with_room() -> Iterator[None]:
+    """A full disk is the node's fault: another may have room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{tempfile.gettempdir()} of node {os.uname().nodename}"
+        raise NoSpaceError(f"no room for a shard in {where}: make room and run again to go on") from None
 
 
 def outcome(name: str, index: ShardIndex) -> Outcome:

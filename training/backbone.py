@@ -75,8 +75,8 @@ class Backbone(NamedTuple):
         vision, text = self.vision, self.text
         if "multimodal_cfg" in self.config or vision.get("attentional_pool") or text.get("embed_cls"):
             return "only two towers are supported, not CoCa"
-        if "none" in (vision.get("pool_type"), text.get("pool_type"), text.get("proj_type")):
-            return "its towers do not give one projected vector each"
+        if "none" in (vision.get("pool_type"), text.get("pool_type")):
+            return "its towers do not give one vector each"
         is_resnet = isinstance(vision.get("layers"), list)
         if is_resnet or not vision.get("timm_model_name", "vit").startswith(("vit", "eva")):
             return "only a ViT image tower is supported"

@@ -10,7 +10,6 @@ ended: the best of many trials is also the luckiest. The same command goes on wi
 import json
 import sys
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from common import config as configs
@@ -83,15 +82,15 @@ def confirmed(config: PromoteConfig, result: dict[str, Any], trial: dict[str, An
     test = interval([end[result["metric"]] for end in ends])
     line = f"Confirmed with {len(trials)} other seeds: val {result['metric']} {val}, at the end test {test}"
     print(f"{line}; trial {trial['number']} itself: val {trial['metric']:.4g}", flush=True)
-    return f"# {line} (mean and its 95 % interval).\n"
+    return f"# {line} (mean and 95 % interval of it).\n"
 
 
 def interval(values: list[float]) -> str:
-    """Mean ± half the 95 % interval of the mean, by Student's t."""
-    from scipy.stats import t
+    """Mean over seeds, and its 95 % interval."""
+    from training.intervals import over_runs  # numpy and torch
 
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.4g} ± {half:.2g}"
+    mean, (low, high) = over_runs(values, 0.95)
+    return f"{mean:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def _read(study: str) -> dict[str, Any]:

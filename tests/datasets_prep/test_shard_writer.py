@@ -1,12 +1,15 @@
-"""How a shard reads its sources: each once, the next one while the clips of one are made."""
+"""How a shard is written: each source read once and ahead, and what a full disk means."""
 
 import threading
 from pathlib import Path
 
 import pytest
 
+from common.errors import NoSpaceError
 from datasets_prep import shard_writer
-from datasets_prep.plan import Clip
+from datasets_prep.config import FramesConfig, VideoConfig
+from datasets_prep.plan import Clip, Shard
+from datasets_prep.shard_writer import Recipe, write_shard
 
 
 def test_a_source_is_read_once_for_its_clips_and_ahead_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +35,16 @@ def test_a_source_is_read_once_for_its_clips_and_ahead_of_them(tmp_path: Path, m
         most = max(most, len(list(tmp_path.iterdir())))
     assert fetched == ["s3://videos/a", "s3://videos/b", "s3://videos/c"]
     assert most <= 2 and not list(tmp_path.iterdir())  # the disk holds two at a time, and none at the end
+
+
+def test_a_full_disk_is_the_nodes_fault_and_in_one_sentence(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again and rejects no clip. Seen to fail, with an OSError, without `_with_room`."""
+    real = shard_writer.webdataset.TarWriter
+    monkeypatch.setattr(shard_writer.webdataset, "TarWriter", lambda _, **options: real("/dev/full", **options))
+    clip = Clip("train", "small.mp4", "s", ("x",), "small.mp4", None, None, 1)
+    recipe = Recipe(str(videos), "video", VideoConfig(), FramesConfig())
+    with pytest.raises(NoSpaceError, match=r"no room for a shard in .*: make room and run again to go on"):
+        write_shard(Shard("train", 0, [clip]), "hash", str(tmp_path / "out"), recipe)
+    assert not (tmp_path / "out").exists()

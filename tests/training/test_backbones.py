@@ -1,12 +1,15 @@
 """Every kind of tower: its interface is open_clip's own, methods train on it, what won't do is refused by name."""
 
 import copy
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer, processors
 from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import Metaspace
@@ -18,6 +21,7 @@ from cluster.package import check
 from common import config as configs
 from common.config import apply, dump, validate
 from common.errors import ConfigError
+from tests.conftest import REPOSITORY
 from tests.training.test_metrics import infos
 from tests.training.towers import TOWERS, write
 from training import models, optim, weights
@@ -25,6 +29,7 @@ from training.backbone import find
 from training.config import PRESETS, TrainConfig
 from training.data.loader import EvalBatch
 from training.encode import evaluate
+from training.model_config import ModelConfig
 from training.models import clip as clip_tower
 from training.models import timm_tower
 from training.start import check_model
@@ -160,6 +165,25 @@ def test_checkpointing_changes_no_gradient(tower: str, tmp_path: Path) -> None:
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@every_tower
+def test_bf16_is_near(tower: str, tmp_path: Path) -> None:
+    model, x = build(config_of(tower, tmp_path, "vop^f+p")).float().eval(), pixels(2).float()
+    expected = model.encode_video(x).vector_BD
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(x, TOKENS)
+        assert (outputs.video.vector_BD * expected).sum(1).min() > 0.99
+        (outputs.video.vector_BD * outputs.text.vector_TD).float().sum().backward()
+
+
+def test_compiling_changes_nothing_where_positions_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(config_of("eva02", tmp_path, "vop^f+p")).eval(), pixels(2)
+    expected = model.frame_features(x)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model.compile_towers()
+    torch.testing.assert_close(model.frame_features(x), expected)
 
 
 @pytest.mark.parametrize("tower", ["clip", "eva02", "pe"])
@@ -320,3 +344,34 @@ def test_pixels_are_normalised_as_a_tag_was_trained_also_without_its_weights() -
         with torch.device("meta"):
             clip = clip_tower.build_clip("ViT-L-14", tag, load=False)
         assert clip.visual.image_mean[0] == mean
+
+
+# The columns of the table in docs/backbones.md, with what asks for each.
+COLUMNS: dict[str, list[dict]] = {
+    "image prompts": [METHODS["mean_pool"], METHODS["vop^f+p"], {"name": "prompt_switch"}, METHODS["xpool"]],
+    "text prompts": [{"name": "vop"}],
+    "CLS": [METHODS["vop^c"], METHODS["token_shift"]],
+    "Video Proxy": [METHODS["clip_vip"]],
+    "captions": [{"name": "prompt_switch", "captioner": {"layers": 2}}],
+    "temporal": [METHODS["seq_transf"]],
+    "X-CLIP": [{"name": "mean_pool", "scorer": {"name": "xclip"}}],
+}
+ROWS = [
+    (name, dict(zip(COLUMNS, cells[3:], strict=True)))
+    for line in (REPOSITORY / "docs" / "backbones.md").read_text().splitlines()
+    if len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 3 + len(COLUMNS) and "yes" in cells
+    for name in re.findall(r"`([^`-][^`]+)`", cells[0])
+]
+
+
+@pytest.mark.parametrize(("backbone", "cells"), ROWS)
+def test_the_documents_table_is_what_is_refused(backbone: str, cells: dict[str, str]) -> None:
+    kinds = TypeAdapter(ModelConfig)
+    for column, methods in COLUMNS.items():
+        for method in methods:
+            given = {**method, "backbone": backbone}
+            if cells[column] == "yes":
+                assert kinds.validate_python(given).backbone == backbone
+            else:
+                with pytest.raises(ValidationError, match=f"needs .*{backbone} has not: choose another"):
+                    kinds.validate_python(given)

@@ -79,7 +79,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "siglip": _config(_timm("vit_micro_siglip", "map", "none"), {**SIGLIP_TEXT, "act_kwargs": {"approximate": "tanh"}},
                       init_logit_bias=-10, **CUSTOM),
     "mobileclip": _config(_timm("vit_micro", "token"), BOTH_WAYS, **CUSTOM),
-    "vitamin": _config(_timm("vit_micro", "avg", "linear"), {}, **CUSTOM),
+    "vitamin": _config(_timm("vit_micro", "avg", "linear"), {"proj_type": "none"}, **CUSTOM),
     "eva": _config(_timm("eva_micro", "token"), {}, **CUSTOM),
     "eva02": _config(_timm("eva02_micro", "token"), {}, **CUSTOM),
     "pe": _config(_timm("vit_micro_pe", "map"), {}, **CUSTOM),

@@ -202,7 +202,7 @@ def test_confirm_trains_again_with_other_seeds(nodes: RayCluster, dataset: str, 
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     header = (tmp_path / "best.yaml").read_text().split("\nrun:")[0]
-    assert "# Confirmed with 2 other seeds: val rsum" in header and " ± " in header
+    assert "# Confirmed with 2 other seeds: val rsum" in header and " at the end test " in header
     seeds = json.loads(storage.read(f"{url}/{study.name}-0000-seeds/study.json"))
     assert [t["values"] for t in seeds["trials"]] == [{"seed": 1}, {"seed": 2}]
     assert "Confirmed with 2 other seeds" in done.stdout

@@ -102,4 +102,4 @@ def test_curves_that_end_early_are_compared_where_all_were(tmp_path: Path) -> No
 
 
 def test_interval_is_students() -> None:
-    assert interval([1.0, 2.0, 3.0]) == "2 ± 2.5"  # 4.303 / sqrt(3)
+    assert interval([1.0, 2.0, 3.0]) == "2 [-0.4841, 4.484]"  # 4.303 / sqrt(3)

@@ -250,14 +250,17 @@ def encode_text(clip: Clip, tokens_TL: Tensor) -> tuple[Tensor, Tensor]:
 def read_out(clip: Clip, x_TLD: Tensor, slots_T: Tensor) -> tuple[Tensor, Tensor]:
     """The text tower's last LayerNorm and projection: that of one slot of each sentence TE, and all TLE."""
     text = text_tower(clip)
-    x_TLD, projection = text.ln_final(x_TLD), text.text_projection
-    words_TLE = projection(x_TLD) if isinstance(projection, nn.Linear) else x_TLD @ projection
+    words_TLE, projection = text.ln_final(x_TLD), text.text_projection
+    if projection is not None:
+        words_TLE = projection(words_TLE) if isinstance(projection, nn.Linear) else words_TLE @ projection
     return words_TLE[torch.arange(len(x_TLD), device=x_TLD.device), slots_T], words_TLE
 
 
 def joint_width(clip: Clip) -> int:
     """E."""
     projection = text_tower(clip).text_projection
+    if projection is None:
+        return int(text_tower(clip).token_embedding.embedding_dim)
     return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
 
 
