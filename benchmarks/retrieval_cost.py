@@ -196,19 +196,24 @@ def search_table(rows: Sequence[Mapping[str, Times]], config: CostBenchConfig) -
     for kind in rows[0]:
         cells = []
         for v, (seconds, is_measured) in query_seconds(rows, kind, config).items():
-            times = f" ({seconds / vectors[v][0]:,.3g} ×)" if vectors and kind != VECTOR else ""
-            cells.append(f"{'' if is_measured else '≈ '}{1000 * seconds:,.3g} ms{times}")
+            times = f" ({number(seconds / vectors[v][0])} ×)" if vectors and kind != VECTOR else ""
+            cells.append(f"{'' if is_measured else '≈ '}{number(1000 * seconds)} ms{times}")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
 
 
+def number(x: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 COLUMNS: dict[str, tuple[str, str, Callable[[float], str]]] = {
-    "trained": ("facts", "trained", lambda x: f"{x / 1e6:,.3g} M"),
-    "kept of a video": ("facts", "kept", lambda x: f"{x / 1024:,.3g} KiB"),
-    "encode a sentence": ("encode", "text", lambda x: f"{1000 * x:,.3g} ms"),
-    "encode a video": ("encode", "video", lambda x: f"{x:,.3g} s"),
-    "operations of that": ("facts", "operations", lambda x: f"{x / 1e9:,.4g} G"),
-    "saved of a clip in training": ("facts", "saved", lambda x: f"{x / 2**20:,.4g} MiB"),
+    "trained": ("facts", "trained", lambda x: f"{number(x / 1e6)} M"),
+    "kept of a video": ("facts", "kept", lambda x: f"{number(x / 1024)} KiB"),
+    "encode a sentence": ("encode", "text", lambda x: f"{number(1000 * x)} ms"),
+    "encode a video": ("encode", "video", lambda x: f"{number(x)} s"),
+    "operations of that": ("facts", "operations", lambda x: f"{number(x / 1e9)} G"),
+    "saved of a clip in training": ("facts", "saved", lambda x: f"{number(x / 2**20)} MiB"),
 }
 
 
@@ -221,7 +226,7 @@ def method_table(found: Mapping[str, Sequence[Mapping[str, Times]]]) -> list[str
             rows = found[part]
             text = form(median(row[method][name] for row in rows)) if rows[0][method][name] else "0"
             if OURS in rows[0] and method != OURS and rows[0][method][name]:
-                text += f" ({median(row[method][name] / row[OURS][name] for row in rows):.3g} ×)"
+                text += f" ({number(median(row[method][name] / row[OURS][name] for row in rows))} ×)"
             cells.append(text)
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines

@@ -48,7 +48,7 @@ def test_its_loop_is_that_of_training(tiny: TrainConfig) -> None:
 
 
 def test_a_frozen_row_starts_from_mean_pooling_of_its_seed(shapes: str, tmp_path: Path) -> None:
-    """Seen to fail with random towers, and with those of another seed."""
+    """Seen to fail with random towers."""
     base = base_of(shapes, tmp_path)
     learning.result(base, "VoP", 1, SHORT)
     (_, first), (_, vop) = (weights.load_run(str(tmp_path / name)) for name in ("mean-pooling-1", "vop-1"))
