@@ -27,9 +27,10 @@ mlflow: .venv/.demo
 clean:
 	rm -rf .venv demo
 
-.venv/.demo: requirements.txt requirements-local.txt constraints.txt
+.venv/.demo: requirements.txt requirements-local.txt constraints.txt cluster/install.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-local.txt -c constraints.txt
+	sh cluster/install.sh $(CURDIR)/$(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements-local.txt -c constraints.txt
 	touch $@
 
 .venv/.dev: .venv/.demo requirements-dev.txt

@@ -23,6 +23,7 @@ Rounds are kept in folder/rounds.jsonl.
 """
 
 import functools
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -77,7 +78,8 @@ def rank_main(index: int, config: ScalingBenchConfig, world_size: int, folder: s
         step()
     elapsed = time.monotonic() - start
     (Path(folder) / f"times-{index}").write_text(f"{elapsed} {sent_bytes() - sent}")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # torn down in Python, DDP and gloo may wait for each other (tests/training/test_gradients.py)
 
 
 def meet(folder: Path, index: int) -> None:
@@ -148,13 +150,13 @@ def main() -> int:
         ratios = [images * row[name]["tasks"] / row["two ranks"]["tasks"] for row in rows]
         print(f"images/s, two ranks / {name}: {rounds.spread(ratios)}")
 
-    model = model_of(step_config(config))
+    model = model_of(config.backbone, config.frames, config.frames)
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    width = model.clip.text_projection.shape[1]
+    width = clip.joint_width(model.clip)
     expected = theory(gradients, width, config.clips, 2)
     measured = median(row["two ranks"]["bytes"] for row in rows)
     print(f"gradients {gradients / 1e6:.1f} MB; sent in a step {measured / 1e6:.1f} MB, theory {expected / 1e6:.1f} MB")
-    size = clip.image_size_of(config.backbone)
+    size = model.clip.visual.image_size[0]
     pixels_BFCHW = torch.zeros(1, config.frames, 3, size, size)
     of_a_clip = operations(lambda: model.frame_features(pixels_BFCHW).sum().backward())
     print(*projection(config, gradients, of_a_clip * config.gpu_frames / config.frames), sep="\n")

@@ -12,9 +12,9 @@ arithmetic. On a GPU the first three run under bf16 autocast. Rounds are kept in
 """
 
 import functools
-import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -61,24 +61,30 @@ def plain_features(model: PromptSwitch, prompts_1SD: Tensor, frames_BFCHW: Tenso
     visual = model.clip.visual
     x_NLD = clip_tower.image_tokens(visual, frames_BFCHW.flatten(0, 1))
     x_NLD = visual.transformer(torch.cat([x_NLD, prompts_1SD.expand(len(x_NLD), -1, -1)], dim=1))
-    return clip_tower.project_cls(visual, x_NLD[:, 0])
+    return clip_tower.project(visual, x_NLD[:, 0])
 
 
-def model_of(config: StepBenchConfig) -> PromptSwitch:
-    values = {"backbone": config.backbone, "num_frames": config.frames, "num_prompts": config.prompts}
-    return PromptSwitch(validate(PromptSwitchConfig, {**values, "captioner": {"layers": 2}}))
+def model_of(backbone: str, frames: int, prompts: int) -> PromptSwitch:
+    values = {"backbone": backbone, "num_frames": frames, "num_prompts": prompts, "captioner": {"layers": 2}}
+    return PromptSwitch(validate(PromptSwitchConfig, values))
+
+
+def captions(model: PromptSwitch, count: int, words: int) -> Tensor:
+    """Random tokens BL between start and end."""
+    end = model.clip.vocab_size - 1
+    tokens_BL = torch.randint(1, end - 1, (count, words))
+    tokens_BL[:, 0], tokens_BL[:, -1] = end - 1, end
+    return tokens_BL
 
 
 def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callable[[], object]]:
     """Each side's one step."""
-    model = model_of(config).to(device)
-    size = clip_tower.image_size_of(config.backbone)
+    model = model_of(config.backbone, config.frames, config.prompts).to(device)
+    size = model.clip.visual.image_size[0]
     frames_BFCHW = torch.randn(config.clips, config.frames, 3, size, size, device=device)
-    end = model.clip.vocab_size - 1
-    tokens_BL = torch.randint(1, end - 1, (config.clips, config.words))
-    tokens_BL[:, 0], tokens_BL[:, -1] = end - 1, end
+    tokens_BL = captions(model, config.clips, config.words)
     weights_V = losses.token_weights(model.clip.vocab_size, [1, 2, 3], 0.25).to(device)
-    prompts_1SD = torch.zeros(1, config.prompts, model.clip.visual.conv1.out_channels, device=device)
+    prompts_1SD = torch.zeros(1, config.prompts, clip_tower.image_width(model.clip.visual), device=device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     ddp = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
     loss, counts = LossConfig(caption=0.5), [config.clips] * world_size()
@@ -112,9 +118,14 @@ def sides_of(config: StepBenchConfig, device: torch.device) -> dict[str, Callabl
 
 
 def operations(act: Callable[[], object]) -> int:
-    """Two for each multiply-add, forward and backward, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        act()
+    """Two for each multiply-add, forward and backward, as torch counts them.
+
+    Attention and LSTMs in plain products: it knows the GPUs' fused kernels, but not the CPU's.
+    """
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        warnings.simplefilter("ignore")  # of the flags' return to what they were
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            act()
     return counter.get_total_flops()
 
 
@@ -128,6 +139,31 @@ def timed(act: Callable[[], object], repeats: int, device: torch.device) -> Time
     return rounds.seconds(repeat)
 
 
+def measured(
+    config: StepBenchConfig, device: torch.device, where: str, folder: Path
+) -> tuple[list[dict[str, Times]], float]:
+    """The rounds, and the operations of the switched tower over those of the plain one."""
+    sides = sides_of(config, device)
+    extra = operations(sides["prompt switch"]) / operations(sides["plain clip"])
+    for act in sides.values():
+        act()  # allocations and first calls
+    key = {**config.model_dump(exclude={"folder", "rounds", "minutes"}), "device": where}
+    timers = {name: functools.partial(timed, side, config.repeats, device) for name, side in sides.items()}
+    return rounds.run(folder / "rounds.jsonl", key, config.rounds, config.minutes, timers, folder / "out"), extra
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """A process group of this process, so that DDP is what it is in training.
+
+    DDP must be gone at the end: as the last to hold the group, it may wait for gloo for ever.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def main() -> int:
     config = rounds.configured(StepBenchConfig)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,24 +171,15 @@ def main() -> int:
     torch.manual_seed(0)
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as store:  # one process, so that DDP is what it is in training
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.FileStore(f"{store}/store", 1), rank=0, world_size=1)
-        sides = sides_of(config, device)
-        extra = operations(sides["prompt switch"]) / operations(sides["plain clip"])
-        for act in sides.values():
-            act()  # allocations and first calls
-        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{config.threads} CPU threads"
-        key = {**config.model_dump(exclude={"folder", "rounds", "minutes"}), "device": where}
-        timers = {name: functools.partial(timed, side, config.repeats, device) for name, side in sides.items()}
-        rows = rounds.run(folder / "rounds.jsonl", key, config.rounds, config.minutes, timers, folder / "out")
-        dist.destroy_process_group()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{config.threads} CPU threads"
+    with alone(device):
+        rows, extra = measured(config, device, where, folder)
     if not rows:
         print("no round yet")
         return 0
     print(f"{where}, {config.backbone}, {config.clips} clips of {config.frames} frames, cube of {config.prompts}")
     images = config.clips * config.frames * config.repeats
-    for side in sides:
+    for side in rows[0]:
         print(f"{side}: {rounds.spread([images / row[side]['tasks'] for row in rows])} images/s")
     for ours, other in PAIRS:
         ratios = [row[ours]["tasks"] / row[other]["tasks"] for row in rows]

@@ -31,4 +31,5 @@ class LocalConfig(Settings):
     nodes: PositiveInt = Field(1, description="Ray nodes, the head among them")
     cpus_per_node: PositiveInt = Field(2, description="logical CPUs of each Ray node")
     s3: bool = Field(True, description="also start an S3 server")
+    mlflow: bool = Field(True, description="also start an MLflow server; its address is MLFLOW_TRACKING_URI")
     buckets: list[str] = Field(["datasets", "runs"], description="buckets of the S3 server", min_length=1)

@@ -1,7 +1,9 @@
-"""A real cluster on this machine: an S3 server and Ray nodes, on free ports.
+"""A real cluster on this machine: an S3 server, an MLflow server and Ray nodes, on free ports.
 
-    python -m cluster.local up [key=value ...]      start it in the background; prints what to source
-    python -m cluster.local down [folder=FOLDER]    end exactly the processes that `up` started
+    python -m cluster.local up [key=value ...]               start it in the background; prints what to source
+    python -m cluster.local kill-node N [folder=FOLDER]      end node N as a machine that loses power (0 is the head)
+    python -m cluster.local drain-node N [folder=FOLDER]     give notice that node N is taken away, as spot markets do
+    python -m cluster.local down [folder=FOLDER]             end exactly the processes that `up` started
 
 Credentials and Ray's token are made for the run and lie in files that only their owner can read.
 """
@@ -14,12 +16,14 @@ from pathlib import Path
 
 from cluster import processes
 from cluster.config import LocalConfig
+from cluster.mlflow_server import MlflowServer, start_mlflow
 from cluster.ray_nodes import RayCluster, start_ray
 from cluster.s3_server import S3Server, start_s3
 from common import config as configs
 from common.errors import ConfigError, RunError, exit_with
 
-USAGE = "python -m cluster.local up|down [key=value ...]"
+USAGE = "python -m cluster.local up|down|kill-node N|drain-node N [key=value ...]"
+Part = RayCluster | MlflowServer | S3Server
 
 
 def up(config: LocalConfig) -> Path:
@@ -32,11 +36,14 @@ def up(config: LocalConfig) -> Path:
     if any(processes.alive(part.mark) for part in _parts(folder)):
         raise RunError(f"a local cluster is up in {folder}: end it with python -m cluster.local down folder={folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    started: list[S3Server | RayCluster] = []
+    started: list[Part] = []
     env: dict[str, str] = {}
     try:
         if config.s3:
             started.append(start_s3(folder / "s3", config.buckets, detached=True))
+            env.update(started[-1].env)
+        if config.mlflow:
+            started.append(start_mlflow(folder / "mlflow", detached=True))
             env.update(started[-1].env)
         started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, detached=True))
         env.update(started[-1].env)
@@ -63,13 +70,21 @@ def down(config: LocalConfig) -> int:
     return count
 
 
-def _parts(folder: Path) -> list[RayCluster | S3Server]:
-    """What the state file names, Ray first: its jobs write to the S3 server."""
+def nodes(config: LocalConfig) -> RayCluster:
+    """The Ray nodes that `up` started in this folder. Raises RunError if none are up."""
+    for part in _parts(Path(config.folder).expanduser().absolute()):
+        if isinstance(part, RayCluster):
+            return part
+    raise RunError(f"no local cluster is up in {config.folder}: python -m cluster.local up folder={config.folder}")
+
+
+def _parts(folder: Path) -> list[Part]:
+    """What the state file names, Ray first: its jobs write to the servers."""
     path = folder / "state.json"
     if not path.exists():
         return []
     state = json.loads(path.read_text())
-    kinds: list[type[RayCluster | S3Server]] = [RayCluster, S3Server]
+    kinds: list[type[Part]] = [RayCluster, MlflowServer, S3Server]
     return [kind(**state[kind.__name__]) for kind in kinds if kind.__name__ in state]
 
 
@@ -78,12 +93,24 @@ def main() -> int:
     if not arguments or "--help" in arguments:
         print(f"{USAGE}\n\n{__doc__}\n{configs.describe(LocalConfig)}")
         return 0 if arguments else 2
-    command, overrides = arguments[0], configs.parse_overrides(arguments[1:])
-    config = configs.apply(LocalConfig(), overrides)
+    command, *rest = arguments
+    place = None
+    if command in ("kill-node", "drain-node"):
+        if not rest or not rest[0].isdecimal():
+            raise ConfigError(f"{command} takes the number of a node, 0 is the head: {USAGE}")
+        place = int(rest.pop(0))
+    config = configs.apply(LocalConfig(), configs.parse_overrides(rest))
     if command == "up":
         variables = up(config)
-        print(f"up: {config.nodes} Ray nodes{' and an S3 server' if config.s3 else ''}; to use them:")
+        servers = ["an S3 server"] * config.s3 + ["an MLflow server"] * config.mlflow
+        print(f"up: {', '.join([f'{config.nodes} Ray nodes', *servers])}; to use them:")
         print(f"  source {shlex.quote(str(variables))}")
+    elif command == "kill-node" and place is not None:
+        nodes(config).kill_node(place)
+        print(f"killed node {place}")
+    elif command == "drain-node" and place is not None:
+        nodes(config).drain_node(place)
+        print(f"node {place} is being drained")
     elif command == "down":
         print(f"ended {down(config)} processes of {config.folder}")
     else:

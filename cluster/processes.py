@@ -55,6 +55,14 @@ def alive(mark: str) -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _has(entry, mark)]
 
 
+def command(pid: int) -> list[str]:
+    """The words of a process's command; none once it has ended."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
+    except OSError:
+        return []
+
+
 def end(mark: str, grace_s: float = 0.0) -> None:
     """End every process that carries `mark`: SIGTERM, then after `grace_s` SIGKILL, until none is left.
 

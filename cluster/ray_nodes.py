@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -32,6 +34,40 @@ class RayCluster:
     env: dict[str, str] = field(repr=False)
     mark: str
     temp: str
+    nodes: list[str] = field(default_factory=list)  # ids, the head first
+
+    def alive(self) -> list[str]:
+        """Ids of the nodes that the cluster thinks alive."""
+        return _alive_nodes(self.dashboard_url, Path(self.env["RAY_AUTH_TOKEN_PATH"]))
+
+    def kill_node(self, place: int) -> None:
+        """End a node as a machine does that loses power: SIGKILL to its raylet and all that this runs.
+
+        Raises:
+            RunError: there is no such node, or no longer.
+        """
+        raylet = self._raylet(place)
+        for pid in (*_children(raylet, self.mark), raylet):
+            os.kill(pid, signal.SIGKILL)
+
+    def drain_node(self, place: int, deadline_s: int = 110) -> None:
+        """Tell the cluster that a node is taken away in `deadline_s`, as a spot notice does. Raises RunError."""
+        self._raylet(place)
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", self.nodes[place]]
+        command += ["--address", self.address, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "cluster.local drain-node", "--deadline-remaining-seconds", str(deadline_s)]
+        done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            raise RunError(f"node {place} was not drained: {lines[-1] if lines else 'no reason given'}")
+
+    def _raylet(self, place: int) -> int:
+        for pid in processes.alive(self.mark):
+            words = processes.command(pid)
+            if words[:1] and words[0].endswith("raylet/raylet") and any(f"{self.temp}/{place}/" in w for w in words):
+                return pid
+        last = len(self.nodes) - 1
+        raise RunError(f"there is no node {place} that is alive: the head is 0, the others are 1 to {last}")
 
     def stop(self) -> None:
         # At once: a throw-away cluster has nothing to save, and Ray's own way out takes ten seconds.
@@ -97,12 +133,13 @@ def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[st
             output = folder / f"ray-{number}.log"
             child = processes.start(argv, node_env, cluster.mark, output, detached)
             processes.wait_for(
-                lambda alive=number + 1: _alive_nodes(dashboard_url, token) == alive,  # type: ignore[misc]
+                lambda count=number + 1: len(cluster.alive()) == count,  # type: ignore[misc]
                 child,
                 f"Ray node {number}",
                 output,
                 START_TIMEOUT_S,
             )
+            cluster.nodes.extend(set(cluster.alive()) - set(cluster.nodes))
     except BaseException:
         cluster.stop()
         raise
@@ -120,12 +157,22 @@ def _ray_start(options: Sequence[str]) -> list[str]:
     ]
 
 
-def _alive_nodes(dashboard_url: str, token: Path) -> int:
+def _children(parent: int, mark: str) -> list[int]:
+    def parent_of(pid: int) -> int:
+        try:
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # ended meanwhile
+            return 0
+
+    return [pid for pid in processes.alive(mark) if parent_of(pid) == parent]
+
+
+def _alive_nodes(dashboard_url: str, token: Path) -> list[str]:
     request = urllib.request.Request(f"{dashboard_url}/nodes?view=summary")
     request.add_header("Authorization", f"Bearer {token.read_text()}")
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             nodes = json.load(answer)["data"]["summary"]
     except (OSError, ValueError):
-        return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+        return []
+    return [node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("state") == "ALIVE"]

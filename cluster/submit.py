@@ -1,198 +1,176 @@
-"""Run a command of this project on a Ray cluster.
+"""Run a command of this project on a Ray cluster, and look after what runs there.
 
-    python -m cluster.submit -- python -m training.train PRESET key=value ...
+    python -m cluster.submit [CLUSTER] [options] -- python -m training.train PRESET key=value ...
+    python -m cluster.submit list [CLUSTER]
+    python -m cluster.submit status|logs|stop|resume JOB [CLUSTER]
 
-The configuration is checked here first, so a typo never reaches the cluster. What travels is the repository's
-git-tracked files as they lie here, uncommitted changes included. The job's log is followed; the exit code is 0 only if
-the job SUCCEEDED. RAY_API_SERVER_ADDRESS names the cluster (and RAY_AUTH_TOKEN_PATH its token); credentials for
-storage belong into the environment of its nodes.
+The configuration is checked here first, so a typo never reaches the cluster, and travels resolved: what runs is what
+was checked. What else travels is the repository's git-tracked files as they lie here, uncommitted changes included. The
+log is followed; the exit code is 0 only if the job SUCCEEDED. `resume` submits a job's command once more, with the code
+as it lies here now: a run, build or study of the same name goes on where it stopped.
+
+CLUSTER is the address of its dashboard, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS); RAY_AUTH_TOKEN_PATH names
+its token. Credentials for storage belong into the environment of its nodes, or are their role.
 """
 
-import asyncio
-import difflib
+import argparse
 import logging
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cluster.config import COMMANDS
-from common import config as configs
+from cluster import package
+from cluster.jobs import asked, connect, first_line, follow, listing
+from cluster.package import Command
 from common import logs
 from common.errors import ConfigError, RunError, exit_with
+from training.config import TrainConfig
 from tuning.config import StudyConfig
-from tuning.space import resolve
 
-if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
-REPOSITORY = Path(__file__).parents[1]
-USAGE = "python -m cluster.submit -- python -m PACKAGE.MODULE PRESET [key.path=value ...]"
+USAGE = "python -m cluster.submit [CLUSTER] [options] -- python -m PACKAGE.MODULE PRESET [key.path=value ...]"
+VERBS = ("status", "logs", "stop", "resume", "list")
+SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|(^|_)KEY|(ACCESS|API)_?KEY", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
 
 
-def check(command: Sequence[str], tracked: Sequence[str]) -> None:
-    """Refuse a command whose module, preset or configuration is wrong, or would not travel.
+def submit(
+    words: Sequence[str],
+    cluster: str | None = None,
+    job: str | None = None,
+    env: Sequence[str] = (),
+    extra: Sequence[str] = (),
+) -> str:
+    """Check a command and start it as a job; returns the job's id.
 
     Args:
-        tracked: the files that travel, relative to the repository.
-
-    Raises:
-        ConfigError: in one sentence. A command that is none of this project's passes as it is.
-    """
-    if len(command) < 3 or not re.fullmatch(r"python[\d.]*", command[0]) or command[1] != "-m":
-        return
-    module, arguments = command[2], command[3:]
-    modules = {path.removesuffix(".py").replace("/", "."): path for path in tracked if path.endswith(".py")}
-    if module not in modules and any(name.startswith(module.split(".")[0] + ".") for name in modules):
-        close = difflib.get_close_matches(module, modules, n=1)
-        raise ConfigError(
-            f"there is no module {module!r} among the git-tracked files"
-            + (f", did you mean {close[0]!r}?" if close else ": git add it, or correct its name")
-        )
-    if module not in COMMANDS:
-        return
-    if not arguments:
-        raise ConfigError(f"no preset given: python -m {module} PRESET [key.path=value ...]")
-    schema, presets, paths = COMMANDS[module]
-    config = configs.load(schema, arguments[0], arguments[1:], presets)
-    if isinstance(config, StudyConfig):
-        resolve(config)
-    configs.refuse_relative(config, *paths)
-    _check_travels(arguments[0], presets, tracked)
-
-
-def _check_travels(preset: str, presets: Path, tracked: Sequence[str]) -> None:
-    if "://" in preset or Path(preset).is_absolute():  # the user's word that the cluster can read it
-        return
-    is_path = "/" in preset or preset.endswith((".yaml", ".yml"))
-    path = Path(preset).absolute() if is_path else presets / f"{preset}.yaml"
-    if str(path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path) not in tracked:
-        raise ConfigError(f"preset {path.name} is not tracked by git, so it would not reach the cluster: git add it")
-
-
-def tracked_files() -> list[str]:
-    """The repository's git-tracked files that exist, relative to it. Raises ConfigError outside a git checkout."""
-    files = [name for name in _git("ls-files", "-z", "--cached") if (REPOSITORY / name).is_file()]
-    if not files:
-        raise ConfigError(f"git tracks no file in {REPOSITORY}: git add the files that the job needs")
-    return files
-
-
-def _git(*arguments: str) -> list[str]:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", b"").decode(errors="replace").strip() or str(error)
-        raise ConfigError(
-            f"cannot list the repository's files ({reason.splitlines()[0]}): submit from a git checkout, "
-            "or use ray job submit --working-dir ."
-        ) from None
-    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
-
-
-def submit(command: Sequence[str]) -> str:
-    """Check `command` and start it as a job; returns the job's id.
+        job: its id; None makes one of the command's name and the time.
+        env: names of variables of this process that the job gets. Anybody who sees the dashboard sees their values.
+        extra: files and folders of the repository that travel though git does not track them.
 
     Raises:
         ConfigError, RunError: the command is refused here, or the cluster cannot be reached.
     """
-    files = tracked_files()
-    check(command, files)
-    client = connect()
-    untracked = _git("ls-files", "-z", "--others", "--exclude-standard")
-    if untracked:
-        log.warning("%d files are not tracked by git and stay here: %s", len(untracked), ", ".join(untracked[:5]))
+    files = sorted({*package.tracked_files(), *package.named_files(extra)})
+    command = package.check(words, files)
+    values = _variables(env)
+    client = connect(cluster)
+    behind = sorted(set(package.untracked_files()) - set(files))
+    if behind:
+        log.warning("%d files are not tracked by git and stay here: %s", len(behind), ", ".join(behind[:5]))
     with tempfile.TemporaryDirectory() as folder:
-        for name in files:
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, target)
-        size = sum((Path(folder) / name).stat().st_size for name in files)
+        size = package.pack(command, files, Path(folder))
         log.info("sending %d files, %s bytes, to %s", len(files), f"{size:,}", client.get_address())
         try:
             # The folder holds what shall travel: a file that is tracked and ignored too must not get lost.
             os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
-            job = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": folder})
+            started: str = client.submit_job(
+                entrypoint=shlex.join(command.frozen),
+                submission_id=job or _id(command),
+                runtime_env={"working_dir": folder, "env_vars": values},
+                metadata={"command": shlex.join(words), "env": shlex.join(env), "with": shlex.join(extra)},
+            )
         except (RuntimeError, OSError, ValueError) as error:
-            raise RunError(f"the cluster refused the job: {_first_line(error)}") from None
-    log.info("job %s is submitted; Ctrl-C ends this view only, ray job stop %s ends the job", job, job)
-    return job
+            raise RunError(f"the cluster refused the job: {first_line(error)}") from None
+    log.info("job %s is submitted; Ctrl-C ends this view only, cluster.submit stop %s ends the job", started, started)
+    return started
 
 
-def connect() -> "JobSubmissionClient":
-    """The job server at RAY_API_SERVER_ADDRESS. Raises ConfigError if it is unset, RunError if it can't be used."""
-    address = os.environ.get("RAY_API_SERVER_ADDRESS")
-    if not address:
-        raise ConfigError("RAY_API_SERVER_ADDRESS is not set: give the dashboard's URL, such as http://HOST:8265")
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise RunError(
-            f"the cluster at {address} refused this client: {_first_line(error.message)}; "
-            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-        ) from None
-    except (RuntimeError, OSError, ValueError) as error:
-        raise RunError(f"no job server at {address}: {_first_line(error)}") from None
+def resume(job: str, cluster: str | None = None) -> str:
+    """Submit an ended job's command once more, under an id of its own; returns that. Raises RunError."""
+    client = connect(cluster)
+    info = asked(lambda: client.get_job_info(job), job)
+    if not info.status.is_terminal():
+        raise RunError(f"job {job} is {info.status.value}: stop it first, or follow it with cluster.submit logs {job}")
+    kept = info.metadata or {}
+    if "command" not in kept:
+        raise RunError(f"job {job} was not submitted by cluster.submit, so its command is not known: submit it anew")
+    words, env, extra = (shlex.split(kept[name]) for name in ("command", "env", "with"))
+    return submit(words, cluster, env=env, extra=extra)
 
 
-def follow(job: str) -> None:
-    """Print the job's log until it ends. Raises RunError unless it SUCCEEDED (also if somebody stopped it)."""
-    client = connect()
-    shown = 0
-
-    async def tail() -> None:
-        """Each connection sends the log from its beginning; print what is new."""
-        nonlocal shown
-        received = 0
-        async for text in client.tail_job_logs(job):
-            print(text[max(shown - received, 0) :], end="", flush=True)
-            received += len(text)
-            shown = max(shown, received)
-
-    try:
-        while not (status := client.get_job_status(job)).is_terminal():
-            try:
-                asyncio.run(tail())
-            except (RuntimeError, OSError) as error:
-                log.warning("the log broke off: %s", _first_line(error))
-            time.sleep(1)
-        asyncio.run(tail())
-        message = client.get_job_info(job).message or "no reason given"
-    except (RuntimeError, OSError) as error:
-        reason = _first_line(error)
-        raise RunError(f"lost sight of job {job} ({reason}); it may go on: ray job status {job}") from None
-    if status != "SUCCEEDED":
-        raise RunError(f"job {job} {status.value}: {_first_line(message)}")
-    log.info("job %s SUCCEEDED", job)
+def _id(command: Command) -> str:
+    """What is told apart at a glance in a list of jobs: module, name of the run or study, time."""
+    name = None
+    if isinstance(command.config, TrainConfig):
+        name = command.config.run.name
+    elif isinstance(command.config, StudyConfig):
+        name = command.config.name
+    module = command.words[2].rpartition(".")[2] if command.config is not None else "job"
+    parts = [module, *([name] if name else []), datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]]
+    return re.sub(r"[^\w.-]", "-", "-".join(parts))
 
 
-def _first_line(text: object) -> str:
-    return next(iter(str(text).strip().splitlines()), "")
+def _variables(names: Sequence[str]) -> dict[str, str]:
+    for name in names:
+        if SECRET.search(name):
+            raise ConfigError(
+                f"--env {name} looks like a secret, and the dashboard would show it: "
+                "set it in the environment of the cluster's nodes, or give them a role"
+            )
+        if name not in os.environ:
+            raise ConfigError(f"--env {name}: that variable is not set here: export it, or leave it out")
+    return {name: os.environ[name] for name in names}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.submit", usage=USAGE, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="CLUSTER", help="the dashboard's address, or a verb and a job")
+    parser.add_argument("--id", help="the job's id; a second job of the same id is refused")
+    parser.add_argument("--detach", action="store_true", help="do not follow the log")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on; no secrets")
+    parser.add_argument("--with", action="append", default=[], metavar="PATH", dest="extra", help="send this too")
+    return parser
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if "--help" in arguments[:1] or "-h" in arguments[:1]:
-        print(f"{USAGE}\n\n{__doc__}")
-        return 0
-    if arguments[:1] == ["--"]:
-        arguments = arguments[1:]
-    if not arguments:
-        raise ConfigError(f"no command given: {USAGE}")
+    own, command = sys.argv[1:], list[str]()
+    if "--" in own:
+        place = own.index("--")
+        own, command = own[:place], own[place + 1 :]
+    options = _parser().parse_args(own)
+    clusters = [word for word in options.words if "://" in word]
+    words = [word for word in options.words if "://" not in word]
+    cluster = clusters[0] if clusters else None
+    if len(clusters) > 1 or (command and words) or (words and words[0] not in VERBS):
+        raise ConfigError(f"{(words or clusters)[-1]!r} is not understood: {USAGE}, or a verb of {', '.join(VERBS)}")
     logs.setup()
-    follow(submit(arguments))
+    if not words:
+        if not command:
+            raise ConfigError(f"no command given: {USAGE}")
+        job = submit(command, cluster, options.id, options.env, options.extra)
+        return _followed(job, cluster, options.detach)
+    verb, *jobs = words
+    if len(jobs) != (verb != "list"):
+        raise ConfigError(f"{verb} takes {'no' if verb == 'list' else 'one'} job: python -m cluster.submit list")
+    if verb == "list":
+        print(listing(cluster))
+    elif verb == "status":
+        client = connect(cluster)
+        print(asked(lambda: client.get_job_status(jobs[0]), jobs[0]).value)
+    elif verb == "logs":
+        follow(jobs[0], cluster)
+    elif verb == "stop":
+        client = connect(cluster)
+        stopped = asked(lambda: client.stop_job(jobs[0]), jobs[0])
+        print(f"job {jobs[0]} {'is being stopped' if stopped else 'has already ended'}")
+    else:
+        return _followed(resume(jobs[0], cluster), cluster, options.detach)
+    return 0
+
+
+def _followed(job: str, cluster: str | None, detach: bool) -> int:
+    if detach:
+        print(job)
+    else:
+        follow(job, cluster)
     return 0
 
 

@@ -47,13 +47,18 @@ class RunError(ProjectError):
     """A run, build or study cannot start or could not finish."""
 
 
+class TryAgainError(RunError):
+    """A run could not go on now; the same command again may."""
+
+
 def told(error: BaseException, _seen: frozenset[int] = frozenset()) -> ProjectError | None:
     """The ProjectError at the root of `error`, if there is one.
 
     Ray wraps what a task raised (`RayTaskError.cause`), and Ray Train what a worker raised
-    (`WorkerGroupError.worker_failures`, a dict by rank); the first one found is returned.
+    (`WorkerGroupError.worker_failures`, a dict by rank) or its controller (`ControllerError.controller_failure`); the
+    first one found is returned.
     """
-    inner: list[object] = [getattr(error, "cause", None), error.__cause__]
+    inner: list[object] = [getattr(error, name, None) for name in ("cause", "controller_failure", "__cause__")]
     failures = getattr(error, "worker_failures", None)
     if isinstance(failures, dict):
         inner.extend(failures.values())

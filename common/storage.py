@@ -46,8 +46,8 @@ def absolute(url: str) -> str:
 
 def read(url: str) -> bytes:
     """All bytes of a file or object. Raises NotFoundError, StorageError."""
-    with open_stream(url) as stream, _told(url, "read"):
-        return stream.read()
+    with _told(url, "read"):
+        return _body(url) if is_s3(url) else _path(url).read_bytes()
 
 
 def read_range(url: str, start: int, length: int) -> bytes:
@@ -56,9 +56,7 @@ def read_range(url: str, start: int, length: int) -> bytes:
         return b""
     with _told(url, "read"):
         if is_s3(url):
-            bucket, key = _split(url)
-            span = f"bytes={start}-{start + length - 1}"
-            data: bytes = _client().get_object(Bucket=bucket, Key=key, Range=span)["Body"].read()
+            data = _body(url, Range=f"bytes={start}-{start + length - 1}")
         else:
             with open(_path(url), "rb") as file:
                 file.seek(start)
@@ -66,6 +64,17 @@ def read_range(url: str, start: int, length: int) -> bytes:
     if len(data) != length:
         raise StorageError(f"{url} ends early: asked for {length} bytes at {start}, got {len(data)}")
     return data
+
+
+def _body(url: str, **span: str) -> bytes:
+    """An object's bytes. One that breaks off is asked for again: boto3 itself only does so before the body begins."""
+    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
+    bucket, key = _split(url)
+    for _ in range(MAX_ATTEMPTS - 1):
+        with contextlib.suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            return bytes(_client().get_object(Bucket=bucket, Key=key, **span)["Body"].read())
+    return bytes(_client().get_object(Bucket=bucket, Key=key, **span)["Body"].read())
 
 
 @contextlib.contextmanager

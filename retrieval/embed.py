@@ -2,6 +2,9 @@
 
 Writes one parquet part per shard below `output` and embeddings.json last. Run again after an interruption: parts that
 are there are kept. Next: python -m retrieval.index.
+
+A run with model.scorer has no vectors: what its scorer reads of each video is written, and can re-rank what an index
+finds. Next: python -m retrieval.search "a sentence" index=URL rerank=OUTPUT.
 """
 
 import logging
@@ -13,15 +16,16 @@ import ray
 import ray.exceptions
 
 from common import logs, shards, storage
-from common.config import from_command_line, refuse_relative_in_job
+from common.config import apply, from_command_line, refuse_relative_in_job
 from common.errors import ConfigError, RunError, exit_with, told
 from common.shards import ShardEntry
 from retrieval.config import PRESETS, EmbedConfig
 from retrieval.embeddings import Embeddings, Part, Source, claim, part_name
-from retrieval.encoder import Embedder, encode_sentences, load_two_tower
+from retrieval.encoder import Embedder, kept_shape
 from training.data.loader import check_frames
+from training.models import TwoTower
 from training.train import connect
-from training.weights import weights_sha256
+from training.weights import load_run, weights_sha256
 
 log = logging.getLogger(__name__)
 WAIT_S = 30.0
@@ -29,7 +33,7 @@ RESTARTS = 3
 
 
 def embed(config: EmbedConfig) -> Embeddings:
-    """Write the vectors of a split; returns the content of embeddings.json. Needs a running Ray.
+    """Write what the run keeps of a split's videos; returns the content of embeddings.json. Needs a running Ray.
 
     Raises:
         ConfigError, DataError, RunError, StorageError: as one sentence.
@@ -58,10 +62,11 @@ def embed(config: EmbedConfig) -> Embeddings:
 
 def _source(config: EmbedConfig) -> tuple[Source, list[ShardEntry]]:
     """What the vectors are made from, and the shards to read. Loads the model once, to refuse it here if need be."""
-    run_config, model = load_two_tower(config.run)
+    run_config, model = load_run(config.run)
     url = storage.absolute(config.dataset or run_config.data.dataset)
     dataset, dataset_sha256 = shards.read_dataset(url)
     views = config.views or run_config.eval.views
+    apply(run_config, {"eval.views": views})  # not every scorer takes more frames than it was trained with
     check_frames(run_config, url, dataset, config.split, views)
     source = Source(
         run=config.run,
@@ -70,7 +75,8 @@ def _source(config: EmbedConfig) -> tuple[Source, list[ShardEntry]]:
         dataset_sha256=dataset_sha256,
         split=config.split,
         views=views,
-        dimension=encode_sentences(run_config, model, ["a video"]).shape[1],
+        kind="vectors" if isinstance(model, TwoTower) else "features",
+        shape=kept_shape(run_config, model, views),
         dtype=config.dtype,
     )
     return source, dataset.split(config.split).shards

@@ -1,4 +1,4 @@
-"""The contract between embed and index: what a folder of vectors looks like.
+"""The contract between embed and index: what a folder of vectors looks like; retrieval/features.py has the other kind.
 
 OUTPUT/source.json             what the vectors are made from; written first, once
 OUTPUT/part-000000.parquet     one per shard, published whole; its metadata repeats the source
@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from common import storage
 from common.errors import AlreadyExistsError, DataError, NoBucketError, NotFoundError, RunError
 
-Vectors = NDArray[np.float16] | NDArray[np.float32]
+Kept = NDArray[np.float16] | NDArray[np.float32]
+Kind = Literal["vectors", "features"]  # a vector D of each video, or what a scorer reads of it (retrieval/features.py)
 
 
 class Record(BaseModel):
@@ -36,7 +37,8 @@ class Source(Record):
     dataset_sha256: str
     split: str
     views: int
-    dimension: int
+    kind: Kind
+    shape: tuple[int, ...]  # of what is kept of a video
     dtype: Literal["float16", "float32"]
 
     def differing(self, other: "Source") -> list[str]:
@@ -78,7 +80,7 @@ def part_name(number: int) -> str:
 
 
 def claim(url: str, source: Source) -> None:
-    """Make `url` the place for vectors of `source`. Raises RunError if it is that of another source."""
+    """Make `url` the place of what is kept of `source`. Raises RunError if it is that of another source."""
     place = storage.join(url, "source.json")
     try:
         storage.publish_bytes(source.model_dump_json(indent=2).encode(), place, if_none_match=True)
@@ -86,27 +88,31 @@ def claim(url: str, source: Source) -> None:
         found = parse(Source, storage.read(place), place)
         if differing := source.differing(found):
             raise RunError(
-                f"output={url} holds vectors of run {found.run} and dataset {found.dataset} "
+                f"output={url} holds {found.kind} of run {found.run} and dataset {found.dataset} "
                 f"with another {', '.join(differing)}: choose another output, or delete that folder"
             ) from None
 
 
-def write_part(url: str, source: Source, shard: str, vectors_VD: Vectors, videos: Videos) -> None:
-    """Publish the part of one shard at `url`."""
+def write_part(url: str, source: Source, shard: str, vectors_VD: Kept, videos: Videos) -> None:
+    """Publish the part of one shard at `url`, of vectors."""
     count, dimension = vectors_VD.shape
     flat = pa.array(vectors_VD.astype(source.dtype).ravel())
-    table = pa.table(
-        {
-            "video_id": pa.array(videos.video_ids, pa.string()),
-            "vector": pa.FixedSizeListArray.from_arrays(flat, dimension),
-            "caption_ids": pa.array(videos.caption_ids, pa.list_(pa.string())),
-            "captions": pa.array(videos.captions, pa.list_(pa.string())),
-            "shard": pa.array([shard] * count, pa.string()),
-            "key": pa.array(videos.keys, pa.string()),
-            "offset": pa.array(videos.offsets, pa.int64()),
-            "size": pa.array(videos.sizes, pa.int64()),
-        }
-    ).replace_schema_metadata({"source": source.model_dump_json()})
+    columns = {
+        "video_id": pa.array(videos.video_ids, pa.string()),
+        "vector": pa.FixedSizeListArray.from_arrays(flat, dimension),
+        "caption_ids": pa.array(videos.caption_ids, pa.list_(pa.string())),
+        "captions": pa.array(videos.captions, pa.list_(pa.string())),
+        "shard": pa.array([shard] * count, pa.string()),
+        "key": pa.array(videos.keys, pa.string()),
+        "offset": pa.array(videos.offsets, pa.int64()),
+        "size": pa.array(videos.sizes, pa.int64()),
+    }
+    publish_table(url, source, columns)
+
+
+def publish_table(url: str, source: Source, columns: dict[str, pa.Array]) -> None:
+    """Put a part's parquet file at `url`, whole; its metadata repeats the source."""
+    table = pa.table(columns).replace_schema_metadata({"source": source.model_dump_json()})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "part.parquet"
         pq.write_table(table, path)
@@ -128,6 +134,14 @@ def read_embeddings(url: str) -> Embeddings:
 
 def read_part(url: str, part: Part, source: Source) -> tuple[NDArray[np.float32], pa.Table]:
     """Vectors VD and the other columns of a part. Raises DataError if it is not what embeddings.json names."""
+    table = read_table(url, part, source)
+    column = table["vector"].combine_chunks()
+    vectors_VD = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
+    return vectors_VD.astype(np.float32), table.drop_columns(["vector"])
+
+
+def read_table(url: str, part: Part, source: Source) -> pa.Table:
+    """A part's parquet file. Raises DataError if it is not what embeddings.json names."""
     place = storage.join(url, part.name)
     try:
         table = pq.read_table(pa.BufferReader(storage.read(place)))
@@ -136,9 +150,7 @@ def read_part(url: str, part: Part, source: Source) -> tuple[NDArray[np.float32]
     found = parse(Source, (table.schema.metadata or {}).get(b"source", b"{}"), place)
     if found.differing(source) or len(table) != part.videos:
         raise DataError(f"{place} is not the part that embeddings.json names: delete it and embed again")
-    column = table["vector"].combine_chunks()
-    vectors_VD = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-    return vectors_VD.astype(np.float32), table.drop_columns(["vector"])
+    return table
 
 
 R = TypeVar("R", bound=Record)

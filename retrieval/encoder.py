@@ -1,6 +1,6 @@
 """A run's two towers at work: sentences → vectors, and shards → parts of an embeddings folder. Free of Ray.
 
-Shapes: B videos of a batch, F frames, T texts, V videos of a shard, D joint width.
+Shapes: B videos of a batch, F frames, T texts, V videos of a shard, D joint width, ... what is kept of a video.
 """
 
 import functools
@@ -18,14 +18,15 @@ from common import shards, storage
 from common.errors import DataError, RunError
 from common.shards import SampleIndex, SampleInfo, ShardEntry
 from retrieval.config import EmbedConfig
-from retrieval.embeddings import Source, Videos, part_name, write_part
+from retrieval.embeddings import Kept, Source, Videos, part_name, write_part
+from retrieval.features import write_features
 from training import models
 from training.config import TrainConfig
 from training.data import decode
 from training.data.cache import ShardCache
 from training.data.loader import eval_frames
 from training.encode import encode_clips
-from training.models import TwoTower
+from training.models import Retriever, TwoTower
 from training.weights import load_run, weights_sha256
 
 
@@ -47,6 +48,14 @@ def encode_sentences(config: TrainConfig, model: TwoTower, sentences: list[str])
     return model.encode_text(models.tokenize(config.model)(sentences)).vector_TD.float().numpy()
 
 
+@torch.inference_mode()
+def kept_shape(config: TrainConfig, model: Retriever, views: int) -> tuple[int, ...]:
+    """The shape of what is kept of a video: that of a black one."""
+    size = models.image_size(config.model)
+    frames_1FCHW = torch.zeros(1, views * config.model.num_frames, 3, size, size, dtype=torch.uint8)
+    return tuple(encode_clips(model, frames_1FCHW, views).shape[1:])
+
+
 class Embedder:
     """Encodes shards of one dataset. It loads its model when it is first used, so it may be rebuilt at any time."""
 
@@ -55,9 +64,9 @@ class Embedder:
         self.cache = ShardCache(source.dataset, source.dataset_sha256, config.cache, config.cache_bytes)
 
     @functools.cached_property
-    def loaded(self) -> tuple[TrainConfig, TwoTower]:
+    def loaded(self) -> tuple[TrainConfig, Retriever]:
         run = self.source.run
-        config, model = load_two_tower(run)
+        config, model = load_run(run)
         if weights_sha256(run) != self.source.weights_sha256:
             raise RunError(
                 f"the best weights of {run} changed while it was being embedded: let it finish training, then "
@@ -74,24 +83,30 @@ class Embedder:
         """Write the part of a shard; returns its number of videos. Raises DataError naming shard and video."""
         model = self.loaded[1]
         tar, index = self.cache.open(entry)
-        vectors_VD = np.zeros((0, self.source.dimension), np.float32)
+        parts = [np.zeros((0, *self.source.shape), self.source.dtype)]
         infos: list[SampleInfo] = []
         for infos_B, frames_BFCHW in self._batches(entry.name, tar, index.samples):
             with torch.inference_mode():
-                vectors_BD = encode_clips(model, frames_BFCHW.to(self.device), self.source.views).float().cpu().numpy()
-            _check_finite(vectors_BD, infos_B, entry.name)
-            vectors_VD = np.concatenate([vectors_VD, vectors_BD])
+                kept_B = encode_clips(model, frames_BFCHW.to(self.device), self.source.views).float().cpu().numpy()
+            with np.errstate(over="ignore"):  # it is looked for below
+                parts.append(kept_B.astype(self.source.dtype))
+            _check_finite(parts[-1], infos_B, entry.name)
             infos += infos_B
+        video_ids, kept_V = [info.video_id for info in infos], np.concatenate(parts)
+        url = storage.join(self.config.output, part_name(number))
+        if self.source.kind == "features":
+            write_features(url, self.source, kept_V, video_ids)
+            return len(infos)
         places = [shards.span_of(sample) for sample in index.samples]
         videos = Videos(
-            video_ids=[info.video_id for info in infos],
+            video_ids=video_ids,
             caption_ids=[[c.id for c in info.captions] for info in infos],
             captions=[[c.text for c in info.captions] for info in infos],
             keys=[sample.key for sample in index.samples],
             offsets=[offset for offset, _ in places],
             sizes=[size for _, size in places],
         )
-        write_part(storage.join(self.config.output, part_name(number)), self.source, entry.name, vectors_VD, videos)
+        write_part(url, self.source, entry.name, kept_V, videos)
         return len(infos)
 
     def _batches(
@@ -129,8 +144,11 @@ def _stack(shard: str, batch: list[tuple[SampleInfo, Future[Tensor]]]) -> tuple[
     return [info for info, _ in batch], torch.stack(frames)
 
 
-def _check_finite(vectors_BD: NDArray[np.float32], infos_B: list[SampleInfo], shard: str) -> None:
-    finite_B = np.isfinite(vectors_BD).all(axis=1)
+def _check_finite(kept_B: Kept, infos_B: list[SampleInfo], shard: str) -> None:
+    finite_B = np.isfinite(kept_B.reshape(len(kept_B), -1)).all(axis=1)
     if not finite_B.all():
         video = infos_B[int(np.argmin(finite_B))].video_id
-        raise DataError(f"{shard}, video {video}: its vector is not finite; the run's best weights are unusable")
+        way_out = ", or need dtype=float32" if kept_B.dtype == np.float16 else ""
+        raise DataError(
+            f"{shard}, video {video}: its features are not finite; the run's best weights are unusable{way_out}"
+        )

@@ -57,7 +57,12 @@ def build(config: IndexConfig) -> IndexInfo:
     refuse_relative_in_job(config, "embeddings", "output")
     url, output = storage.absolute(config.embeddings), storage.absolute(config.output)
     embeddings = read_embeddings(url)
-    index = faiss.IndexFlatIP(embeddings.source.dimension)
+    if embeddings.source.kind == "features":
+        raise DataError(
+            f"{url} holds features of run {embeddings.source.run}, whose scorer reads a video only together with a "
+            f"query: there is no vector to index. Give retrieval.search rerank={url} beside the index of another run"
+        )
+    index = faiss.IndexFlatIP(*embeddings.source.shape)
     tables = []
     with logs.progress(embeddings.parts, "parts", len(embeddings.parts)) as parts:
         for part in parts:

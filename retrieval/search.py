@@ -5,6 +5,7 @@
 
 An argument with a space before any "=" is the query, and no preset means `default`. --json is short for format=json:
 stdout is then JSON and nothing else. contact_sheet=FILE.html also writes a page with frames that opens offline.
+rerank=URL lets a text-conditioned scorer order the best rerank_top videos (see retrieval.embed).
 
 Shapes: T texts, D joint width, K results.
 """
@@ -12,7 +13,9 @@ Shapes: T texts, D joint width, K results.
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +28,13 @@ from retrieval.config import PRESETS, SearchConfig
 from retrieval.embeddings import Source
 from retrieval.encoder import encode_sentences, load_two_tower
 from retrieval.index import Index, open_index
+from retrieval.rerank import rerank
 from retrieval.result import Hit, Result, table
+from training.data import pictures
 from training.weights import weights_sha256
 
 log = logging.getLogger(__name__)
+PATHS = ("index", "run", "dataset", "contact_sheet", "rerank", "rerank_run", "captions")
 
 
 def search(config: SearchConfig) -> Result:
@@ -37,7 +43,7 @@ def search(config: SearchConfig) -> Result:
     Raises:
         DataError, RunError, StorageError: as one sentence.
     """
-    refuse_relative_in_job(config, "index", "run", "dataset", "contact_sheet")
+    refuse_relative_in_job(config, *PATHS)
     url = storage.absolute(config.index)
     index = open_index(url)
     source = index.info.source
@@ -45,7 +51,13 @@ def search(config: SearchConfig) -> Result:
     source = source.model_copy(update=moved)
     if config.contact_sheet:
         _check_dataset(source)
-    hits = _hits(index, _query_vector(index, source, config.query), config.k)
+    hits = _hits(index, _query_vector(index, source, config.query), config.rerank_top if config.rerank else config.k)
+    second = None
+    if config.rerank:
+        hits, second = rerank(config, index.info.source, hits)
+    hits = hits[: config.k]
+    if config.captions:
+        hits = with_captions(config.captions, hits)
     result = Result(
         query=config.query,
         index=url,
@@ -53,10 +65,13 @@ def search(config: SearchConfig) -> Result:
         dataset=source.dataset,
         split=source.split,
         videos=index.info.videos,
+        scored_by="rerank" if second else "index",
+        rerank=second,
+        captions=config.captions and storage.absolute(config.captions),
         hits=hits,
     )
     if config.contact_sheet:
-        frames = [contact_sheet.frames(source.dataset, h.shard, h.offset, h.size, config.frames) for h in hits]
+        frames = [pictures.frames(source.dataset, h.shard, h.offset, h.size, config.frames) for h in hits]
         storage.publish_bytes(contact_sheet.render(result, frames).encode(), config.contact_sheet)
         log.info("contact sheet: %s", storage.absolute(config.contact_sheet))
     return result
@@ -90,9 +105,34 @@ def _hits(index: Index, vector_1D: NDArray[np.float32], k: int) -> list[Hit]:
             shard=row["shard"],
             offset=row["offset"],
             size=row["size"],
+            index_rank=rank,
+            index_score=float(score),
         )
         for rank, (score, row) in enumerate(zip(scores_TK[0], rows, strict=True), 1)
     ]
+
+
+def with_captions(url: str, hits: list[Hit]) -> list[Hit]:
+    """The hits with what training.caption wrote of them. Raises DataError if it wrote nothing of one."""
+    wanted = {hit.video_id for hit in hits}
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "captions.jsonl"
+        storage.download(url, path)
+        with path.open(encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    line = json.loads(text)
+                    if line["video_id"] in wanted:
+                        found[line["video_id"]] = str(line["caption"])
+                except (ValueError, KeyError, TypeError):
+                    raise DataError(f"captions={url}, line {number}: not what training.caption writes") from None
+    for hit in hits:
+        if hit.video_id not in found:
+            raise DataError(
+                f"captions={url} says nothing of video {hit.video_id}: write captions for the split of the index"
+            )
+    return [hit.model_copy(update={"generated": found[hit.video_id]}) for hit in hits]
 
 
 def _check_dataset(source: Source) -> None:

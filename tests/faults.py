@@ -32,15 +32,8 @@ def wait_until(true: Callable[[], T], timeout_s: float = 200) -> T:
 
 def commands(mark: str, *words: str) -> dict[int, list[str]]:
     """By pid, the commands of the processes that carry `mark` and have all these words in their command."""
-    found = {}
-    for pid in processes.alive(mark):
-        try:
-            command = os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes())
-        except OSError:
-            continue
-        if all(word in command for word in words):
-            found[pid] = command.split("\0")[:-1]
-    return found
+    found = {pid: processes.command(pid) for pid in processes.alive(mark)}
+    return {pid: command for pid, command in found.items() if all(word in "\0".join(command) for word in words)}
 
 
 def kill(mark: str, *words: str) -> list[list[str]]:
@@ -64,6 +57,15 @@ def kill_node(nodes: RayCluster, place: int, task: str) -> None:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def command_of(pid: int) -> tuple[list[str], dict[str, str]]:
+    """How a process was started: its command and its variables."""
+    argv, variables = (
+        [os.fsdecode(part) for part in Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")[:-1]]
+        for file in ("cmdline", "environ")
+    )
+    return argv, dict(variable.split("=", 1) for variable in variables)
 
 
 def stop_storage(server: S3Server) -> list[str]:

@@ -7,7 +7,7 @@ the sum whose derivative its gradients are.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +18,15 @@ from training.model_config import (
     ClipVipConfig,
     MeanPoolConfig,
     PromptSwitchConfig,
-    ScorerConfig,
     SeqTransfConfig,
     TokenShiftConfig,
     TwoTowerConfig,
     VoPConfig,
-    XPoolConfig,
 )
 from training.models.clip import clip_from_config
 from training.models.clip_vip import ClipVip
-from training.models.text_conditioned import Scorer
 from training.models.token_shift import TokenShift, shift_cls
 from training.models.two_tower import Outputs, TwoTower
-from training.models.xpool import XPool
 
 Values = dict[str, Tensor]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -64,7 +60,7 @@ def build(
         vision, clip: changes of the image tower's and of CLIP's configuration.
         is_partial: the file holds not all of the towers; the rest is random, and not compared.
     """
-    tower = clip_from_config(_clip_sizes(golden.sizes, vision, clip))
+    tower = clip_from_config(clip_sizes(golden.sizes, vision, clip))
     model = models.MODELS[config.name](config, tower).to(golden.dtype)  # type: ignore[attr-defined]
     own = model.state_dict()
     theirs = {names.get(k, k.removeprefix("clip.")): k for k in own}
@@ -75,7 +71,7 @@ def build(
     return model
 
 
-def _clip_sizes(sizes: Mapping[str, Any], vision: Mapping[str, object], clip: Mapping[str, object]) -> dict[str, Any]:
+def clip_sizes(sizes: Mapping[str, Any], vision: Mapping[str, object], clip: Mapping[str, object]) -> dict[str, Any]:
     width, heads = sizes["width"], sizes["heads"]
     image = {"image_size": sizes["image"], "patch_size": sizes["patch"], "width": width, "layers": sizes["layers"]}
     text = {
@@ -101,10 +97,8 @@ def gradients(
 
 def objective(outputs: Outputs, tokens: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Both losses of Prompt Switch, of one whole batch in one process, written down as the paper has them."""
-    assert outputs.video.vector_BD is not None
-    contrastive = losses.contrastive(
-        outputs.text.vector_TD, outputs.video.vector_BD, outputs.logit_scale, [len(tokens)]
-    )
+    vectors = outputs.text.vector_TD, outputs.video.vector_BD
+    contrastive = losses.contrastive(*vectors, outputs.logit_scale, [len(tokens)])
     caption = losses.caption(outputs, weights, losses.caption_total(tokens, weights))
     return {"contrastive": contrastive, "caption": 0.5 * caption}
 
@@ -121,7 +115,7 @@ def promptswitch(golden: Golden) -> Values:
     outputs = model(inputs["video"], inputs["text"])
     parts = objective(outputs, inputs["text"], inputs["token_weight"].detach())
     torch.stack(list(parts.values())).sum().backward()
-    assert outputs.video.vector_BD is not None and outputs.caption_logits_KV is not None
+    assert outputs.caption_logits_KV is not None
     return {
         "out.text_features": outputs.text.vector_TD,
         "out.frame_features": normalize(outputs.video.frames_BFD, dim=-1),
@@ -134,17 +128,9 @@ def promptswitch(golden: Golden) -> Values:
 
 
 def clip4clip(golden: Golden) -> Values:
-    """Both heads, over the same frame features; the towers are not in the file."""
-    sizes, inputs, found = golden.sizes, golden.inputs, {}
-    absent = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8, "vocab": 2}
-    text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes["heads"]}
-    text |= {"text_layers": sizes["layers"], "ctx": sizes["positions"]}
-    names = {f"temporal.{k}": k for k in golden.weights if k != "logit_scale"}
-    common = {"backbone": "from file", "num_frames": sizes["frames"]}
-    mean_pool, seq_transf = MeanPoolConfig(**common), SeqTransfConfig(**common, temporal={"layers": sizes["layers"]})
-    scale_only = {"logit_scale": golden.weights["logit_scale"]}
-    for head, config, weights in (("meanP", mean_pool, scale_only), ("seqTransf", seq_transf, golden.weights)):
-        model = build(Golden({**absent, **text}, weights, inputs), config, names, is_partial=True)
+    """Both heads, over the same frame features."""
+    inputs, found = golden.inputs, {}
+    for head, (model, names) in frame_heads(golden).items():
         leaves = {k: inputs[k].detach().requires_grad_() for k in ("text_features", "frame_features")}
         mask, frames_BFD = inputs["video_mask"], leaves["frame_features"]
         mean_BD = model.pooled(model.in_context(frames_BFD, mask), mask)
@@ -165,41 +151,30 @@ def clip4clip(golden: Golden) -> Values:
     return found
 
 
-def xpool(golden: Golden) -> Values:
-    """The pooling block over given features; with the published head, and with several on the same weights."""
-    sizes, inputs = golden.sizes, golden.inputs
-    scale, found = inputs["logit_scale"].detach().exp(), {}
-    for heads, end in ((sizes["heads"], ""), (sizes["heads_alt"], f"_heads{sizes['heads_alt']}")):
-        scorer = scorer_of(golden, XPoolConfig(heads=heads, dropout=0.0), XPool)
-        text_TD, frames_BFD = inputs["text_features"], inputs["frame_features"]
-        similarity = scorer(text_TD[:, None], frames_BFD)
-        found |= {f"out.similarity{end}": similarity, f"out.pooled{end}": scorer.pooled(text_TD, frames_BFD)}
-        if not end:
-            (inputs["cotangent"] * similarity).sum().backward()
-            square = min(similarity.shape)
-            of_pairs = text_TD[:square, None], frames_BFD[:square], scale, [square]
-            found |= {"out.loss_square": losses.contrastive(*of_pairs, scorer), **gradients(scorer, inputs)}
+def frame_heads(golden: Golden) -> dict[str, tuple[TwoTower, dict[str, str]]]:
+    """What CLIP4Clip puts behind the frame features, each with its parameters' names; no towers are in the file."""
+    names = {f"temporal.{k}": k for k in golden.weights if k.startswith(("transformerClip.", "frame_position_"))}
+    common = {"backbone": "from file", "num_frames": golden.sizes["frames"]}
+    mean_pool = MeanPoolConfig(**common)
+    seq_transf = SeqTransfConfig(**common, temporal={"layers": golden.sizes["layers"]})
+    found = {}
+    for head, config, keys in (("meanP", mean_pool, ()), ("seqTransf", seq_transf, names.values())):
+        weights = {k: golden.weights[k] for k in ("logit_scale", *keys)}
+        given = Golden(without_towers(golden.sizes), weights, golden.inputs)
+        found[head] = build(given, config, names, is_partial=True), names
     return found
 
 
-S = TypeVar("S", bound=Scorer)
-
-
-def scorer_of(golden: Golden, config: ScorerConfig, kind: type[S]) -> S:
-    """The scorer with the file's weights. Its towers are not in the file: only their widths matter."""
-    sizes = golden.sizes
-    text = {"embed": sizes["dim"], "text_width": sizes["dim"], "text_heads": sizes.get("heads", 1)}
-    text |= {"text_layers": sizes.get("layers", 1), "ctx": sizes.get("positions", 8), "vocab": 2}
+def without_towers(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of towers that are not in the file: their widths matter, and the text's blocks where they are copied."""
     image = {"width": 8, "layers": 1, "heads": 1, "image": 8, "patch": 8}
-    scorer = models.SCORERS[config.name](
-        config, clip_from_config(_clip_sizes({**text, **image}, {}, {})), sizes["frames"]
-    )
-    assert isinstance(scorer, kind)
-    scorer = scorer.to(golden.dtype)
-    own = scorer.state_dict()
-    theirs = {name.removeprefix("temporal."): name for name in own}
-    scorer.load_state_dict({theirs.get(k, k): v for k, v in golden.weights.items() if k != "logit_scale"})
-    return scorer
+    return {**image, **text_of_temporal(sizes, sizes["dim"]), "embed": sizes["dim"]}
+
+
+def text_of_temporal(sizes: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Sizes of a text tower of which a temporal transformer, if the file has one, is a copy."""
+    blocks = {"text_heads": sizes.get("heads", 1), "text_layers": sizes.get("layers", 1)}
+    return {**blocks, "text_width": width, "ctx": sizes.get("positions", 8), "vocab": 2}
 
 
 def vop(golden: Golden) -> Values:
@@ -218,8 +193,7 @@ def vop(golden: Golden) -> Values:
         )
         model = build(golden, config, names)
         video = inputs["video"].detach().requires_grad_()
-        text_TD, (vector_BD, frames_BFD) = model.encode_text(inputs["text"]).vector_TD, model.encode_video(video)
-        assert vector_BD is not None
+        text_TD, (vector_BD, frames_BFD, _) = model.encode_text(inputs["text"]).vector_TD, model.encode_video(video)
         mean_BD = model.pooled(frames_BFD)
         similarity = text_TD @ mean_BD.T  # of the released inference: the mean is not made unit length
         (inputs["cotangent"] * similarity).sum().backward()
@@ -243,7 +217,6 @@ def clipvip(golden: Golden) -> Values:
     assert isinstance(model, ClipVip)
     text_TD, video_BD = model.encode_text(inputs["text"]).vector_TD, model.encode_video(inputs["video"]).vector_BD
     other_BD = model.encode_video(inputs["video_other"]).vector_BD
-    assert video_BD is not None and other_BD is not None
     similarity = text_TD @ video_BD.T
     (inputs["cotangent"] * similarity).sum().backward()
     square = min(similarity.shape)
@@ -291,11 +264,10 @@ def tokshift(golden: Golden) -> Values:
     }
 
 
-METHODS: dict[str, Callable[[Golden], Values]] = {
+TWO_TOWER: dict[str, Callable[[Golden], Values]] = {
     "promptswitch": promptswitch,
     "clip4clip": clip4clip,
     "vop": vop,
     "clipvip": clipvip,
-    "xpool": xpool,
     "tokshift": tokshift,
 }

@@ -21,9 +21,9 @@ def test_the_pip_part_is_the_files_that_make_installs(environment: dict) -> None
     *conda, pip = environment["dependencies"]
     assert all(isinstance(spec, str) for spec in conda) and pip == {"pip": REQUIREMENTS}
     assert "pip" in conda
-    makefile = (REPOSITORY / "Makefile").read_text()
+    script = (REPOSITORY / "cluster" / "install.sh").read_text()
     for argument in REQUIREMENTS:
-        assert argument in makefile
+        assert argument in script
         assert (REPOSITORY / argument.split()[1]).is_file()
     assert "python=3.11" in conda
     assert 'requires-python = ">=3.11,<3.12"' in (REPOSITORY / "pyproject.toml").read_text()

@@ -73,7 +73,6 @@ def report(
         return
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
     torch.save({**state.values(), **position._asdict()}, folder / STATE)
-    (folder / SHA256).write_text(_sha256(folder / STATE))
     ray.train.report(
         metrics,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -85,10 +84,12 @@ def report(
 
 def _upload(run: str, timeout_s: float, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
     """Ray lists a checkpoint only after this returns, so half of one is never met."""
+    folder = Path(checkpoint.path)
 
     def publish() -> None:
+        (folder / SHA256).write_text(_sha256(folder / STATE))  # here, beside training
         for file in (STATE, SHA256):
-            storage.publish(Path(checkpoint.path) / file, storage.join(run, name, file))
+            storage.publish(folder / file, storage.join(run, name, file))
 
     _within(timeout_s, lambda: retry.again(publish), f"the upload of {storage.join(run, name)}")
     place = ray.train.get_context().get_storage()

@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def share(count: int) -> slice:
+    """This rank's consecutive part of `count` things; the ranks' parts are all of them, each once."""
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
 def gather(x_BD: Tensor, counts: list[int]) -> Tensor:
     """Rows of all ranks, in the order of the ranks, with gradients; `counts` are their numbers of rows."""
     return _Gather.apply(x_BD, counts) if world_size() > 1 else x_BD

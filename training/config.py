@@ -4,13 +4,18 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from common.config import Settings
 from training.model_config import ModelConfig
 
 PRESETS = Path(__file__).parent / "presets"
-PATHS = ("run.storage", "data.dataset", "tracking.uri")  # what a job that is submitted needs absolute
+PATHS = (
+    "run.storage",
+    "data.dataset",
+    "model.init_from",
+    "tracking.uri",
+)  # what a job that is submitted needs absolute
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -41,6 +46,9 @@ class LossConfig(Settings):
     contrastive: float = Field(1.0, ge=0, description="weight of the contrastive loss")
     frame_contrastive: float = Field(
         0.0, ge=0, description="weight of the contrastive loss of captions and single frames (beyond the paper)"
+    )
+    temperature: float | None = Field(
+        None, ge=0.01, description="temperature that training starts from; null = the backbone's (OpenAI's CLIP: 0.01)"
     )
     caption: float = Field(0.0, ge=0, description="weight of the caption loss; needs model.captioner")
 
@@ -77,6 +85,32 @@ class EvalConfig(Settings):
     twins: bool = Field(
         False, description="also the order score: two videos of one source_id are each other's frame reversal"
     )
+    shared_captions: bool = Field(
+        True, description="a sentence finds every video that has it, word for word; the field's protocol: false"
+    )
+    rerank_top: PositiveInt | None = Field(
+        None, description="a scorer ranks only this many that the towers' own vectors find first; null = all"
+    )
+    dsl_temperature: PositiveFloat | None = Field(
+        None,
+        description="also the metrics after a dual softmax at this temperature (the field: 0.01), which reads all "
+        "queries of the split before it answers one; null = without",
+    )
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _check_select(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("dsl_"):
+            raise ValueError(
+                "a dual softmax reads all queries before it answers one, so it selects no weights: take r1"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.rerank_top and self.dsl_temperature:
+            raise ValueError("eval.dsl_temperature needs the scores of all pairs: set eval.rerank_top to null")
+        return self
 
 
 class CheckpointConfig(Settings):
@@ -97,6 +131,9 @@ class WorkerConfig(Settings):
         None, ge=0, description="decoding processes per rank; null = what a node has for each of its GPUs, 1 without"
     )
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs per rank; null = loader_workers + 1")
+    gpus_per_worker: float = Field(
+        1, gt=0, le=1, description="GPUs per rank; less than 1, for several runs on one GPU, needs num_workers=1"
+    )
     threads: PositiveInt = Field(1, description="torch threads per rank on CPU")
     bf16: bool = Field(True, description="bf16 autocast on GPUs that have it; CPUs always run in fp32")
     compile: bool = Field(False, description="torch.compile the towers: a minute at the start, then faster on GPUs")
@@ -109,6 +146,9 @@ class WorkerConfig(Settings):
     )
     drain_every: PositiveInt = Field(
         10, description="steps between looks whether a node is being taken away; while one is, each look saves"
+    )
+    resize_s: PositiveFloat = Field(
+        60.0, description="seconds between looks whether there is room for more ranks; a change is a restart"
     )
     autoscale: bool = Field(False, description="the cluster grows: wait for resources that it does not have yet")
     start_timeout_s: PositiveInt = Field(600, description="seconds to wait for the workers' resources")
@@ -146,10 +186,18 @@ class TrainConfig(Settings):
             raise ValueError("model.captioner without a loss is never trained: set losses.caption=0.5, or it to null")
         if not self.losses.caption and not self.losses.reads_text:
             raise ValueError("losses.contrastive=0 and losses.caption=0 leave nothing to train")
-        if self.model.scorer and self.losses.frame_contrastive:
+        scorer = self.model.scorer
+        if scorer and self.losses.frame_contrastive:
             raise ValueError("losses.frame_contrastive has no meaning under model.scorer: set it to 0")
+        if scorer and scorer.counts_frames and self.eval.views > 1:
+            raise ValueError(
+                f"eval.views={self.eval.views} of model.num_frames={self.model.num_frames} are more frames than the "
+                f"scorer {scorer.name} is made for: set eval.views=1"
+            )
         if self.eval.select == "order" and not self.eval.twins:
             raise ValueError("eval.select=order needs eval.twins=true")
+        if self.eval.rerank_top and not self.model.scorer:
+            raise ValueError(f"eval.rerank_top={self.eval.rerank_top} needs model.scorer: set it to null")
         if not 0 < self.data.crop_scale[0] <= self.data.crop_scale[1]:
             raise ValueError(f"data.crop_scale={list(self.data.crop_scale)} is no range: write [low, high], low > 0")
         if urlsplit(
@@ -162,6 +210,72 @@ class TrainConfig(Settings):
         ranks = self.workers.num_workers
         if isinstance(ranks, tuple) and ranks[0] > ranks[1]:
             raise ValueError(f"workers.num_workers={list(ranks)} is no range: write [least, most]")
+        if self.workers.gpus_per_worker < 1 and ranks != 1:  # NCCL takes a GPU for one rank only
+            raise ValueError(f"workers.gpus_per_worker={self.workers.gpus_per_worker:g} needs workers.num_workers=1")
         if not self.data.test and not self.data.val:
             raise ValueError("data.val and data.test are both null: nothing could be measured")
         return self
+
+
+class CaptionConfig(Settings):
+    """How captions are written."""
+
+    beams: PositiveInt = Field(5, description="hypotheses kept of each caption while it is written; 1 = greedy")
+    max_tokens: int = Field(30, ge=3, description="longest caption, in tokens with start and end")
+    length_penalty: float = Field(
+        1.0, ge=0, description="hypotheses compete by log-probability / tokens ** this: 1 = mean of a token, 0 = sum"
+    )
+    output: str | None = Field(None, description=".jsonl file or URL for the captions; null = RUN/captions/SPLIT.jsonl")
+
+
+class CaptionRun(TrainConfig):
+    """A finished run whose caption head writes."""
+
+    captions: CaptionConfig = CaptionConfig()
+
+    @model_validator(mode="after")
+    def _check_captioner(self) -> Self:
+        if self.model.captioner is None:
+            raise ValueError(
+                f"run {self.run.name} was trained with model.captioner=null, so it can't write captions: give a run "
+                "with model.captioner and losses.caption"
+            )
+        if self.data.test is None:
+            raise ValueError("data.test=null names no split to write captions for: give data.test=SPLIT")
+        return self
+
+
+class EvaluateConfig(TrainConfig):
+    """A run, and what `training.evaluate` does with it beside `eval`."""
+
+    report: str | None = Field(
+        None, description="folder or s3:// URL for report.json and report.html; null = a new one in RUN/evaluations"
+    )
+    recall: str | None = Field(
+        None, description="two-tower run whose vectors find the candidates of eval.rerank_top; null = the run's own"
+    )
+    questions: str | None = Field(
+        None, description="file of multiple-choice questions about the split's videos (docs/evaluation.md); null = none"
+    )
+    labels: str | None = Field(
+        None, description="file of the videos' classes, to recognise actions by their names; null = none"
+    )
+    templates: list[str] = Field(
+        ["a video of {}."], description="sentences that ask for a class, its name in place of {}", min_length=1
+    )
+    resamples: PositiveInt = Field(1000, description="draws of the bootstrap over videos")
+    confidence: float = Field(0.95, gt=0, lt=1, description="of the intervals")
+    examples: NonNegativeInt = Field(4, description="easiest, and hardest, queries shown with frames")
+
+    @model_validator(mode="after")
+    def _check_recall(self) -> Self:
+        if self.recall and not self.eval.rerank_top:
+            raise ValueError("recall needs eval.rerank_top, how many of what it finds are ranked again")
+        return self
+
+    @field_validator("templates")
+    @classmethod
+    def _check_templates(cls, value: list[str]) -> list[str]:
+        if not all("{}" in template for template in value):
+            raise ValueError("every template needs {} where the name of the class goes")
+        return value

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from common.errors import RunError
+from common.errors import TryAgainError
 
 
 def with_driver(actor: Any, **options: Any) -> Any:
@@ -32,7 +32,7 @@ def only_driver(run: str) -> Iterator[None]:
     try:
         mark = with_driver(_DriverMark, name=name, namespace="runs").remote()
     except ValueError:
-        raise RunError(
+        raise TryAgainError(
             f"run {run} is being trained by another driver right now: wait for it, or choose a run.name"
         ) from None
     try:

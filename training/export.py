@@ -34,7 +34,9 @@ def export(run: str, output: str) -> list[str]:
         best = Path(folder) / "model.safetensors"
         storage.download(weights.best_url(run), best)
         storage.publish(best, written[1])
-        if model.is_plain_clip:
+        if config.model.image_size is not None:
+            log.info("no %s: model.image_size is not the size that open_clip would build", OPEN_CLIP)
+        elif model.is_plain_clip:
             path = Path(folder) / OPEN_CLIP
             safetensors.torch.save_file({k: v.contiguous() for k, v in model.clip.state_dict().items()}, path)
             written.append(storage.join(output, OPEN_CLIP))

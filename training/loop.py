@@ -6,6 +6,7 @@ Decisions depend on the step number only, so every rank makes the same ones.
 import functools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,8 @@ from training.collectives import sum_over_ranks
 from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
-from training.models.clip import frequent_ids
+from training.models.tokenizer import frequent_ids
+from training.start import load_initial
 from training.step import accumulate
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         settings: {"config": TrainConfig as plain data, "metric_log": handle of tracking.MetricLog or None}.
     """
     config = TrainConfig.model_validate(settings["config"])
+    began = time.monotonic()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     logs.setup(rank)
@@ -48,7 +51,11 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(config.seed)
     run = weights.run_url(config)
 
-    model = models.build(config.model).to(device)
+    model = models.build(config.model)
+    load_initial(config, model)
+    if config.losses.temperature is not None:
+        model.clip.logit_scale.data.fill_(-math.log(config.losses.temperature))
+    model.to(device)
     # No buffer changes in training, and ranks may run different numbers of forward passes.
     ddp = DistributedDataParallel(
         model.towers,
@@ -105,11 +112,12 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
                 if rank == 0:
                     weights.save_best(run, state.best, done, scores)
         position = position._replace(step=done)
+        reported = {"step": done, "loop_s": time.monotonic() - began, **scores}
         if is_saved:
             in_background = not (last or is_draining)
-            checkpoint.report(config, state, position, {"step": done, **scores}, in_background)
+            checkpoint.report(config, state, position, reported, in_background)
         elif scores:
-            ray.train.report({"step": done, **scores})
+            ray.train.report(reported)
 
     if rank == 0 and position.best is None:  # no validation split, or no step to take
         weights.save_best(run, state.best, position.step, {})
@@ -139,12 +147,12 @@ def use_bf16(config: TrainConfig, device: torch.device) -> bool:
 
 def token_weights(config: TrainConfig, model: models.Retriever) -> Tensor:
     """Class weights of the caption loss, V."""
-    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS)
+    frequent = frequent_ids(config.model.backbone, losses.FREQUENT_WORDS) if config.losses.caption else []
     return losses.token_weights(model.clip.vocab_size, frequent, config.losses.frequent_weight)
 
 
 def show(scores: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if not name.startswith("v2t_"))
+    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items() if "v2t_" not in name)
 
 
 class SampleLog:

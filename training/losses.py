@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from training.collectives import gather, rank, sum_over_ranks
-from training.metrics import Score, cosines
 from training.models.captioner import counted_positions
 from training.models.two_tower import Outputs
+from training.ranking import Score, cosines
 
 # The official code's list, with the start and end tokens added by `token_weights`.
 FREQUENT_WORDS = (

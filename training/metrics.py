@@ -1,83 +1,79 @@
-"""Retrieval metrics from vectors, chunked: no texts x videos matrix is ever held.
+"""What is said of a model on a split: each number is a statistic of ranks, of one rank per query.
 
-Rank of a query = 1 + wrong items that score higher + half of the wrong items that score the same: a model that
-gives one score to everything gets the rank of chance, not rank 1. Several right answers (a video's captions; videos
-that share a sentence word for word) count as one: the best of them is ranked against wrong items only.
-
-Shapes: T texts, V videos, D joint width, C texts or videos of a chunk.
+Shapes: Q queries, T texts, V videos, D joint width.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import ConfigError
+from common.shards import SampleInfo
+from training.config import EvalConfig
+from training.ranking import Ranking, Rows, Score, best_of_groups, cosines, dual_softmax, rank, reranked
 
-Score = Callable[[Tensor, Tensor], Tensor]
+Ranks = NDArray[np.float64]
+Counts = NDArray[np.int64]
 TIE = 1e-6
-CHUNK_SCORES = 64 * 2**20 // 4  # scores held at once: 64 MiB
+RECALLS = (1, 5, 10, 50)
 
 
-def cosines(text_TD: Tensor, video_VD: Tensor) -> Tensor:
-    """Scores TV of unit vectors."""
-    return text_TD @ video_VD.T
+class Features(NamedTuple):
+    """Texts, or videos: what a score reads of them, and under a scorer the towers' unit vectors beside it."""
+
+    read: Tensor
+    vectors: Tensor | None = None
 
 
-def retrieval_metrics(
-    text_TD: Tensor, video_VD: Tensor, texts: Sequence[str], owner_T: Sequence[int], score: Score = cosines
-) -> dict[str, float]:
-    """R@1/5/10 (percent), median and mean rank, text→video, and video→text with the prefix `v2t_`.
+class Measured(NamedTuple):
+    """The ranks of one kind of query, and what is said of them.
 
-    Args:
-        text_TD: unit vectors of all captions.
-        video_VD: unit vectors of all videos.
-        texts: the captions; equal sentences are right answers for each other's videos.
-        owner_T: which video each caption belongs to. Every video has at least one.
-        score: of all given texts and videos, TV. For other than cosines they may be features of any shape.
+    `table` makes metrics by name from ranks and how often each is counted; `prefix` comes before the names. `videos_Q`
+    is the video that a query is about: the queries of one video are no independent observations.
     """
-    owner = torch.as_tensor(owner_T)
-    right = _right_videos(texts, owner_T)
-    names = {
-        "": _text_ranks(text_TD, video_VD, right, score),
-        "v2t_": _video_ranks(text_TD, video_VD, owner, right, score),
-    }
-    return {prefix + name: value for prefix, ranks in names.items() for name, value in summary(ranks).items()}
+
+    prefix: str
+    table: Callable[[Ranks, Counts], dict[str, float]]
+    ranks_Q: Ranks
+    videos_Q: Counts
+
+    def metrics(self, counts_Q: Counts | None = None) -> dict[str, float]:
+        """Metrics by full name; `counts_Q`: how often a query is counted, None = each once."""
+        counts_Q = np.ones(len(self.ranks_Q), np.int64) if counts_Q is None else counts_Q
+        return {self.prefix + name: value for name, value in self.table(self.ranks_Q, counts_Q).items()}
 
 
-def summary(ranks: Tensor) -> dict[str, float]:
-    """Recalls in percent, and the ranks' median and mean."""
-    recalls = {f"r{k}": 100 * float((ranks <= k).double().mean()) for k in (1, 5, 10)}
-    return {**recalls, "mdr": float(ranks.double().quantile(0.5)), "mnr": float(ranks.double().mean())}
+class Evaluation(NamedTuple):
+    """What is measured of a split, the same on every rank."""
+
+    measured: list[Measured]
+    by_text: Ranking
+    infos: list[SampleInfo]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        values = {name: value for part in self.measured for name, value in part.metrics().items()}
+        return {**values, "num_videos": float(len(self.infos))}
 
 
-def order_score(
-    text_TD: Tensor, video_VD: Tensor, owner_T: Sequence[int], sources: Sequence[str], score: Score = cosines
-) -> float:
-    """Two-way choice between a clip and its twin (the other video of the same source), by a caption of the clip.
+def summary(ranks_Q: Ranks, counts_Q: Counts) -> dict[str, float]:
+    """Recalls in percent, the ranks' median and mean, and rsum = R@1 + R@5 + R@10."""
+    recalls = {f"r{k}": 100 * float(np.average(ranks_Q <= k, weights=counts_Q)) for k in RECALLS}
+    order = ranks_Q.argsort(kind="stable")
+    total_Q = counts_Q[order].cumsum()
+    middle = np.searchsorted(total_Q, [(total_Q[-1] - 1) // 2, total_Q[-1] // 2], side="right")
+    median, mean = ranks_Q[order][middle].mean(), np.average(ranks_Q, weights=counts_Q)
+    rsum = recalls["r1"] + recalls["r5"] + recalls["r10"]
+    return {**recalls, "mdr": float(median), "mnr": float(mean), "rsum": rsum}
 
-    Mean over (caption, clip, twin) of 1 if the clip scores higher, 0.5 within 1e-6, else 0. A model that averages
-    frames encoded one by one can't tell a clip from its reversal: it gets 0.5.
-    """
-    members = defaultdict(list)
-    for video, source in enumerate(sources):
-        members[source].append(video)
-    twin = {a: b for pair in members.values() if len(pair) == 2 for a, b in (pair, pair[::-1])}
-    texts = [t for t, video in enumerate(owner_T) if video in twin]
-    if not texts:
-        raise ConfigError("eval.twins=true, but no source_id has exactly two videos: set eval.twins=false")
-    own = torch.as_tensor([owner_T[t] for t in texts])
-    other = torch.as_tensor([twin[int(v)] for v in own])
-    step, gaps = max(1, CHUNK_SCORES // len(video_VD)), []
-    for start in range(0, len(texts), step):
-        chunk = slice(start, start + step)
-        scores_CV = score(text_TD[texts[chunk]], video_VD)
-        rows = torch.arange(len(scores_CV))
-        gaps.append(scores_CV[rows, own[chunk]] - scores_CV[rows, other[chunk]])
-    gap_T = torch.cat(gaps)
-    return float(torch.where(gap_T.abs() <= TIE, 0.5, (gap_T > 0).double()).mean())
+
+def order_table(ranks_Q: Ranks, counts_Q: Counts) -> dict[str, float]:
+    return {"order": 2 - float(np.average(ranks_Q, weights=counts_Q))}
 
 
 def chance(num_videos: int) -> float:
@@ -85,47 +81,96 @@ def chance(num_videos: int) -> float:
     return 100 / num_videos
 
 
-def _right_videos(texts: Sequence[str], owner_T: Sequence[int]) -> list[list[int]]:
-    """Per text, the videos that have this very sentence."""
-    videos: dict[str, set[int]] = defaultdict(set)
-    for text, video in zip(texts, owner_T, strict=True):
-        videos[text].add(int(video))
-    return [sorted(videos[text]) for text in texts]
+def retrieval(
+    texts: Features, videos: Features, infos: Sequence[SampleInfo], config: EvalConfig, score: Score = cosines
+) -> tuple[list[Measured], Ranking]:
+    """Every caption ranks the videos, and every video the captions; what else `config` asks for. A collective.
+
+    Args:
+        texts: all captions, video by video; every video has at least one.
+        videos: all videos, in the order of `infos`.
+        score: of texts and videos as they are read, TV.
+
+    Returns:
+        The ranks, and the whole ranking by captions without post-processing.
+    """
+    num_texts, num_videos = len(texts.read), len(videos.read)
+    scored = _rows(texts.read, videos.read, score)
+    rankings = {"": scored}
+    if config.rerank_top:
+        assert texts.vectors is not None and videos.vectors is not None, "the config asks for a scorer"
+        first = _rows(texts.vectors, videos.vectors, cosines)
+        rankings = {"": _two_stages(first, texts.read, videos.read, score, config.rerank_top), "first_": first}
+    if config.dsl_temperature:
+        text_rows, video_rows = scored
+        rankings["dsl_"] = (
+            dual_softmax(text_rows, num_texts, num_videos, config.dsl_temperature),
+            dual_softmax(video_rows, num_videos, num_texts, config.dsl_temperature),
+        )
+    owner_T = owners(infos)
+    right_T, right_V = right_videos(infos, config.shared_captions)
+    result, by_text = [], {}
+    for prefix, (text_rows, video_rows) in rankings.items():
+        by_text[prefix] = rank(text_rows, right_T, num_videos)
+        # A video ranks the videos' groups of captions; a group's score is that of its best caption.
+        by_video = rank(best_of_groups(video_rows, torch.as_tensor(owner_T), num_videos), right_V, num_texts)
+        result.append(Measured(prefix, summary, by_text[prefix].ranks_Q, np.asarray(owner_T)))
+        result.append(Measured(f"{prefix}v2t_", summary, by_video.ranks_Q, np.arange(num_videos)))
+    return result, by_text[""]
 
 
-def _text_ranks(text_TD: Tensor, video_VD: Tensor, right: list[list[int]], score: Score) -> Tensor:
-    ranks = []
-    step = max(1, CHUNK_SCORES // len(video_VD))
-    for start in range(0, len(text_TD), step):
-        scores_CV = score(text_TD[start : start + step], video_VD)
-        ranks.append(_ranks(scores_CV, right[start : start + step]))
-    return torch.cat(ranks)
+def owners(infos: Sequence[SampleInfo]) -> list[int]:
+    """Of every caption, video by video, its video."""
+    return [v for v, info in enumerate(infos) for _ in info.captions]
 
 
-def _video_ranks(text_TD: Tensor, video_VD: Tensor, owner_T: Tensor, right: list[list[int]], score: Score) -> Tensor:
-    """A video ranks the videos' caption groups; a group's score is that of its best caption."""
-    also: dict[int, set[int]] = defaultdict(set)
-    for videos in right:
-        for video in videos:
-            also[video].update(videos)
-    groups = [sorted(also[v]) for v in range(len(video_VD))]
-    by_owner = torch.argsort(owner_T, stable=True)
-    starts = torch.searchsorted(owner_T[by_owner], torch.arange(len(video_VD)))
-    sorted_TD = text_TD[by_owner]
-    ranks = []
-    step = max(1, CHUNK_SCORES // len(text_TD))
-    for start in range(0, len(video_VD), step):
-        scores_CT = score(sorted_TD, video_VD[start : start + step]).T
-        groups_CV = torch.from_numpy(np.maximum.reduceat(scores_CT.numpy(), starts.numpy(), axis=1))
-        ranks.append(_ranks(groups_CV, groups[start : start + step]))
-    return torch.cat(ranks)
+def right_videos(infos: Sequence[SampleInfo], shared: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Of every caption, the videos that it finds; of every video, the videos whose captions find it.
+
+    Args:
+        shared: a sentence finds all videos that have it, word for word; else a caption finds its own video alone.
+    """
+    own = [[v] for v in range(len(infos))]
+    if not shared:
+        return [own[v] for v in owners(infos)], own
+    having = defaultdict(set)
+    for v, info in enumerate(infos):
+        for caption in info.captions:
+            having[caption.text].add(v)
+    found = {text: sorted(videos) for text, videos in having.items()}
+    groups = [sorted(set().union(*(having[caption.text] for caption in info.captions))) for info in infos]
+    return [found[caption.text] for info in infos for caption in info.captions], groups
 
 
-def _ranks(scores_CV: Tensor, right: list[list[int]]) -> Tensor:
-    """Rank of each row's best right column among the wrong ones."""
-    rows = torch.as_tensor([row for row, columns in enumerate(right) for _ in columns])
-    columns = torch.as_tensor([column for columns in right for column in columns])
-    wrong_CV = scores_CV.index_put((rows, columns), scores_CV.new_tensor(-torch.inf))
-    right_CV = torch.full_like(scores_CV, -torch.inf).index_put((rows, columns), scores_CV[rows, columns])
-    best_C1 = right_CV.amax(-1, keepdim=True)
-    return 1 + (wrong_CV > best_C1).sum(-1) + (wrong_CV == best_C1).sum(-1) / 2
+def order(texts: Features, videos: Features, infos: Sequence[SampleInfo], score: Score = cosines) -> Measured:
+    """Two-way choice between a clip and its twin (the other video of the same source), by a caption of the clip.
+
+    Rank 1, 1.5 or 2 of the clip; scores within 1e-6 tie. A model that averages frames encoded one by one can't tell a
+    clip from its reversal: its order score is 0.5.
+
+    Raises:
+        ConfigError: there are no twins.
+    """
+    members = defaultdict(list)
+    for video, info in enumerate(infos):
+        members[info.source_id].append(video)
+    twin = {a: b for pair in members.values() if len(pair) == 2 for a, b in (pair, pair[::-1])}
+    queries = [(t, v) for t, v in enumerate(owners(infos)) if v in twin]
+    if not queries:
+        raise ConfigError("eval.twins=true, but no source_id has exactly two videos: set eval.twins=false")
+    pairs = [score(texts.read[t : t + 1], videos.read[[v, twin[v]]])[0] for t, v in queries]
+    gap_Q = torch.stack(pairs).diff(dim=1)[:, 0]  # of the twin over the clip
+    ranks_Q = torch.where(gap_Q.abs() <= TIE, 1.5, 1 + (gap_Q > 0).double())
+    return Measured("", order_table, ranks_Q.numpy(), np.array([v for _, v in queries]))
+
+
+def _rows(texts: Tensor, videos: Tensor, score: Score) -> tuple[Rows, Rows]:
+    """What captions, and what videos, give to all others."""
+    return lambda some: score(texts[some], videos), lambda some: score(texts, videos[some]).T
+
+
+def _two_stages(first: tuple[Rows, Rows], texts: Tensor, videos: Tensor, score: Score, top: int) -> tuple[Rows, Rows]:
+    return (
+        reranked(first[0], lambda query, some: score(texts[query : query + 1], videos[some])[0], top),
+        reranked(first[1], lambda query, some: score(texts[some], videos[query : query + 1])[:, 0], top),
+    )

@@ -1,14 +1,15 @@
 """The configuration of each method. Light like `training/config.py`, which holds the rest of a run."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from common.config import Settings
+from training.backbone import Trait, refusal
 
 
 class CaptionerConfig(Settings):
-    """The caption head: a causal decoder over the frame features, used in training only."""
+    """The caption head: a causal decoder over the frame features. Retrieval does not use it."""
 
     layers: PositiveInt = Field(2, description="decoder layers")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the decoder in training")
@@ -20,7 +21,19 @@ class TemporalConfig(Settings):
     layers: PositiveInt = Field(4, description="layers, at most as many as the text tower has")
 
 
-class XPoolConfig(Settings):
+class ScorerSettings(Settings):
+    """What every scorer has."""
+
+    counts_frames: ClassVar[bool] = False  # its parameters have the number of frames as a size
+    reads_words: ClassVar[bool] = False  # of a sentence it looks at more than where it is read out
+
+    @property
+    def reads_padding(self) -> bool:
+        """True if what stands behind a sentence's end token is a part of its score."""
+        return False
+
+
+class XPoolConfig(ScorerSettings):
     """X-Pool (CVPR 2022): a text pools the frames that it is about."""
 
     name: Literal["xpool"] = Field("xpool", description="scorer")
@@ -28,7 +41,32 @@ class XPoolConfig(Settings):
     dropout: float = Field(0.3, ge=0, lt=1, description="dropout of the residual map in training (official: 0.3)")
 
 
-ScorerConfig = XPoolConfig
+class XClipConfig(ScorerSettings):
+    """X-CLIP (ACM MM 2022): sentence and words against video and frames."""
+
+    counts_frames: ClassVar[bool] = True
+    reads_words: ClassVar[bool] = True
+    name: Literal["xclip"] = Field("xclip", description="scorer")
+    temperature: PositiveFloat = Field(0.01, description="of the attention over similarities (official: 0.01)")
+    padded_words: bool = Field(
+        False, description="padding up to max_tokens counts as words, as in the official code; false = words only"
+    )
+
+    @property
+    def reads_padding(self) -> bool:
+        return self.padded_words
+
+
+class TS2NetScorerConfig(ScorerSettings):
+    """TS2-Net (ECCV 2022): frames weighted by their fit to the text."""
+
+    name: Literal["ts2net"] = Field("ts2net", description="scorer")
+    sharpness: PositiveFloat = Field(
+        4.0, description="factor of a frame's share of its video's cosines before their softmax (official: 4)"
+    )
+
+
+ScorerConfig = Annotated[XPoolConfig | XClipConfig | TS2NetScorerConfig, Field(discriminator="name")]
 
 
 class TwoTowerConfig(Settings):
@@ -36,6 +74,12 @@ class TwoTowerConfig(Settings):
 
     backbone: str = Field(description="open_clip model name, a name in training/models/backbones, or a .json path")
     pretrained: str | None = Field(None, description="open_clip tag, local path or s3:// URL of weights; null = random")
+    init_from: str | None = Field(
+        None, description="run, export or import whose weights training starts from, instead of pretrained; path or URL"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="pixels of a frame's side, to which image positions are resampled; null = the backbone's own"
+    )
     num_frames: PositiveInt = Field(6, description="frames per clip in training")
     max_tokens: PositiveInt = Field(77, description="longer captions are cut, in tokens with start and end")
     freeze_backbone: bool = Field(
@@ -58,6 +102,25 @@ class TwoTowerConfig(Settings):
     def adds_to_clip(self) -> bool:
         """True if retrieval goes through a module that is not CLIP's."""
         return self.temporal is not None
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        """What the backbone must have, each with the keys that ask for it."""
+        needs: dict[Trait, str] = {}
+        if self.captioner or self.temporal:
+            needs["text as wide as frames"] = "model.captioner" if self.captioner else "model.temporal"
+        if self.captioner:
+            needs["CLIP's tokenizer"] = "model.captioner"
+        if self.scorer and self.scorer.reads_words:
+            needs["end token"] = f"model.scorer.name={self.scorer.name}"
+        return needs
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> Self:
+        reason = refusal(self.backbone, self.needs, self.max_tokens)
+        if reason:
+            raise ValueError(reason)
+        return self
 
     @model_validator(mode="after")
     def _check_frozen(self) -> Self:
@@ -173,6 +236,15 @@ class VoPConfig(TwoTowerConfig):
     def adds_to_clip(self) -> bool:
         return bool(self.visual_prompts or self.text_prompts) or super().adds_to_clip
 
+    @property
+    def needs(self) -> dict[Trait, str]:
+        needs = super().needs
+        if self.text_prompts:
+            needs["causal text"] = f"model.text_prompts={self.text_prompts}"
+        if self.specific == "context":
+            needs["cls"] = "model.specific=context"
+        return needs
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_specific > self.visual_prompts:
@@ -187,10 +259,9 @@ class VoPConfig(TwoTowerConfig):
         return self
 
 
-class TokenShiftConfig(TwoTowerConfig):
-    """Token shift between frames: TokShift's (ACM MM 2021) of CLS channels, or TS2-Net's (ECCV 2022) of patches."""
+class ShiftConfig(TwoTowerConfig):
+    """What the methods that shift tokens between frames have."""
 
-    name: Literal["token_shift"] = Field("token_shift", description="method")
     num_frames: PositiveInt = Field(12, description="frames per clip in training")
     shift: Literal["cls", "patches"] = Field("cls", description="channels of CLS (TokShift) or patch tokens (TS2-Net)")
     div: int = Field(4, ge=2, description="1/div of CLS's channels each way (official: 4), or of tokens (official: 7)")
@@ -199,6 +270,42 @@ class TokenShiftConfig(TwoTowerConfig):
     )
     unit_frames: bool = Field(
         True, description="frames are made unit length before their mean, as in retrieval; TokShift's classifier: false"
+    )
+
+    @property
+    def needs(self) -> dict[Trait, str]:
+        return {"cls": f"model.name={self.name}", **super().needs}  # type: ignore[attr-defined]
+
+
+class TokenShiftConfig(ShiftConfig):
+    """Token shift between frames: TokShift's (ACM MM 2021) of CLS channels, or TS2-Net's (ECCV 2022) of patches."""
+
+    name: Literal["token_shift"] = Field("token_shift", description="method")
+
+
+class TS2NetConfig(ShiftConfig):
+    """TS2-Net (ECCV 2022): token shift, selection of tokens, a temporal transformer; its scorer is `ts2net`, too."""
+
+    name: Literal["ts2net"] = Field("ts2net", description="method")
+    shift: Literal["cls", "patches"] = Field("patches", description="patch tokens (TS2-Net) or channels of CLS")
+    div: int = Field(7, ge=2, description="1/div of the tokens each way (official: 7)")
+    last_layers: PositiveInt | None = Field(2, description="shift in the last layers only (official: 2); null = in all")
+    temporal: TemporalConfig = Field(TemporalConfig(), description="the transformer over the frames' selected tokens")
+    num_selected: PositiveInt = Field(3, description="patches of a frame that are selected, beside CLS (official: 3)")
+    samples: PositiveInt = Field(500, description="noise samples of the differentiable selection (official: 500)")
+    sigma: PositiveFloat = Field(0.05, description="std of that noise (official: 0.05)")
+    full_gradient: bool = Field(
+        False, description="the whole gradient of the noisy selection; false = its diagonal, as in the official code"
+    )
+    noise_in_eval: bool = Field(
+        False,
+        description="draw the noise in evaluation too: the official code does, and so a video's features are never "
+        "twice the same; false = plain selection of the best",
+    )
+    tiled_mask: bool = Field(
+        False,
+        description="mask padded frames' tokens as the official code does, which hits others; no matter where no frame "
+        "is padded, as in our loader",
     )
 
 
@@ -214,6 +321,10 @@ class ClipVipConfig(TwoTowerConfig):
     def adds_to_clip(self) -> bool:
         return True
 
+    @property
+    def needs(self) -> dict[Trait, str]:
+        return {"cls": "model.name=clip_vip", "own ViT": "model.name=clip_vip"}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.temporal is not None or self.captioner is not None or self.scorer is not None:
@@ -224,6 +335,6 @@ class ClipVipConfig(TwoTowerConfig):
 
 
 ModelConfig = Annotated[
-    MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig | TokenShiftConfig | ClipVipConfig,
+    MeanPoolConfig | SeqTransfConfig | PromptSwitchConfig | VoPConfig | TokenShiftConfig | TS2NetConfig | ClipVipConfig,
     Field(discriminator="name"),
 ]

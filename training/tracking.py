@@ -97,6 +97,18 @@ def set_tags(config: TrainConfig, run_id: str, tags: dict[str, str]) -> None:
         log.warning("MLflow did not take the tags %s: %s", ", ".join(tags), str(error).splitlines()[0])
 
 
+def set_metrics(config: TrainConfig, run_id: str, metrics: dict[str, float]) -> None:
+    """Set values that belong to a run as a whole; what is there already is not logged again. An outage is a warning."""
+    try:
+        client = _client(absolute_uri(config.tracking.uri))
+        there = client.get_run(run_id).data.metrics
+        for key, value in metrics.items():
+            if there.get(key) != value:
+                client.log_metric(run_id, key, value)
+    except Exception as error:
+        log.warning("MLflow did not take %s: %s", ", ".join(metrics), str(error).splitlines()[0])
+
+
 def log_artifact(run: str, path: Path) -> str | None:
     """Attach a local file to the MLflow run of a run folder, and say where that run is seen. None in an outage.
 

@@ -18,12 +18,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from common import config as configs
 from common import logs, ray_address, shards, storage
-from common.errors import ConfigError, NotFoundError, ProjectError, RunError, exit_with, told
-from training import models, tracking
+from common.errors import ConfigError, NotFoundError, RunError, TryAgainError, exit_with, told
+from training import tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import check_frames, sample_order
 from training.driver import only_driver, with_driver
-from training.failures import TellFailures
+from training.failures import TellFailures, without_traceback
+from training.start import check_model
 from training.weights import best_url, run_url
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
             dataset.split(split)
     sample_order(config, dataset)
     check_frames(config, config.data.dataset, dataset, config.data.train[0], config.eval.views)
-    models.image_size_of(config.model.backbone)  # an unknown backbone is told here, not by every worker in turn
+    check_model(config)
     storage.check_writable(run)
     with only_driver(run):
         check_identity(config, run, dataset_sha256)
@@ -72,13 +73,11 @@ def _fit(
         from training.loop import train_loop
 
         try:
-            return train_loop(settings)
+            with without_traceback():
+                return train_loop(settings)
         except (ConfigError, RunError) as error:
             # Every rank meets it alike. Raised, it would only make Ray start the workers again, and again.
             return {"error": error}
-        except ProjectError:
-            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # its log line is a traceback; see TellFailures
-            raise
 
     # Ray reads these in the driver; its 60 s for a start are too short for a cluster that has to grow first.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.workers.start_timeout_s))
@@ -118,7 +117,7 @@ def _of_the_controller(error: Exception) -> Exception:
     """Ray's controller keeps its list of checkpoints in the run's storage, and does not wait for it."""
     if isinstance(error, ControllerError):
         reason = str(error).strip().splitlines()[-1]
-        return RunError(f"Ray's controller failed ({reason}): start the same command again to go on")
+        return TryAgainError(f"Ray's controller failed ({reason}): start the same command again to go on")
     return error
 
 
@@ -130,7 +129,7 @@ def scaling(config: TrainConfig) -> ScalingConfig:
     num_workers = workers.num_workers or (gpus if use_gpu else 2) or 1
     least = num_workers if isinstance(num_workers, int) else num_workers[0]
     cpus = workers.cpus_per_worker or (workers.loader_workers or 0) + 1
-    resources = {"CPU": cpus, "GPU": 1} if use_gpu else {"CPU": cpus}
+    resources = {"CPU": cpus, "GPU": workers.gpus_per_worker} if use_gpu else {"CPU": cpus}
     for name, needed in resources.items():
         there = ray.cluster_resources().get(name, 0)
         if least * needed > there and not workers.autoscale:
@@ -140,7 +139,12 @@ def scaling(config: TrainConfig) -> ScalingConfig:
                 "or set workers.autoscale=true if the cluster grows"
             )
     elastic: Any = num_workers  # Ray's annotation lacks the pair
-    return ScalingConfig(num_workers=elastic, use_gpu=use_gpu, resources_per_worker=resources)
+    return ScalingConfig(
+        num_workers=elastic,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=workers.resize_s,  # type: ignore[call-arg]
+    )
 
 
 def uses_gpus(config: TrainConfig) -> bool:
@@ -184,6 +188,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """
     configs.refuse_relative_in_job(config, *PATHS)
     paths = {"run.storage": config.run.storage, "data.dataset": config.data.dataset, "data.cache": config.data.cache}
+    if config.model.init_from is not None:
+        paths["model.init_from"] = config.model.init_from
     changes = {key: storage.absolute(value) for key, value in paths.items()}
     for key, value in {"model.backbone": config.model.backbone, "model.pretrained": config.model.pretrained}.items():
         if value and not storage.is_s3(value) and Path(value).expanduser().is_file():

@@ -14,6 +14,7 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from common import config as configs
 from common import retry, storage
@@ -42,20 +43,42 @@ def best_url(run: str) -> str:
     return storage.join(run, "best", "model.safetensors")
 
 
+def no_best(run: str) -> RunError:
+    return RunError(f"run {run} has no best weights: train it, or correct the run's URL")
+
+
 def load_best(run: str, model: Retriever) -> dict[str, Any]:
     """Load `best/` of a run into a model; returns its header ({"step", "metrics"}). Raises RunError."""
+    values, header = read_best(run)
+    try:
+        model.load_state_dict(values)
+    except RuntimeError as error:
+        raise RunError(f"{best_url(run)} does not fit its config.yaml: {str(error).splitlines()[0]}") from None
+    return {"step": int(header["step"]), "metrics": json.loads(header["metrics"])}
+
+
+def read_best(run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The values of `best/` of a run, and its header. Raises RunError."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         try:
             retry.again(lambda: storage.download(best_url(run), path))
             with safe_open(path, "pt") as file:
-                header = file.metadata()
-            model.load_state_dict(safetensors.torch.load_file(path))
+                return safetensors.torch.load_file(path), file.metadata()
         except NotFoundError:
-            raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
-        except (SafetensorError, RuntimeError) as error:
-            raise RunError(f"{best_url(run)} does not fit its config.yaml: {str(error).splitlines()[0]}") from None
-    return {"step": int(header["step"]), "metrics": json.loads(header["metrics"])}
+            raise no_best(run) from None
+        except SafetensorError as error:
+            raise RunError(f"{best_url(run)} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def best_scores(run: str) -> tuple[int, dict[str, float]] | None:
+    """The step of `best/` and its validation metrics, from the file's header alone; None if there is none."""
+    try:
+        length = int.from_bytes(storage.read_range(best_url(run), 0, 8), "little")  # safetensors' format
+        header = json.loads(storage.read_range(best_url(run), 8, length))["__metadata__"]
+    except NotFoundError:
+        return None
+    return int(header["step"]), json.loads(header["metrics"])
 
 
 def load_config(run: str) -> TrainConfig:
@@ -71,8 +94,7 @@ def load_run(run: str) -> tuple[TrainConfig, Retriever]:
     """A run's configuration and its model with the best weights, in eval mode on the CPU. Raises RunError."""
     run = run.removesuffix("/config.yaml").rstrip("/")
     config = load_config(run)
-    # The run's weights replace whatever the backbone started from.
-    model = models.build(config.model.model_copy(update={"pretrained": None}))
+    model = models.build(config.model, load=False)
     load_best(run, model)
     return config, model.eval()
 
@@ -85,5 +107,5 @@ def weights_sha256(run: str) -> str:
             while chunk := stream.read(storage.CHUNK_BYTES):
                 digest.update(chunk)
     except NotFoundError:
-        raise RunError(f"run {run} has no best weights: train it, or correct the run's URL") from None
+        raise no_best(run) from None
     return digest.hexdigest()

@@ -1,10 +1,12 @@
-"""The space of a study: every key and value checked before the first trial, then domains for Ray Tune.
+"""The space of a study: every key and value checked before the first trial, and its combinations listed.
 
 The check needs no Ray, so a typo costs a second on the client and not a trial on the cluster.
 """
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 from common import config as configs
@@ -13,15 +15,15 @@ from training.config import PRESETS, EvalConfig, TrainConfig
 from tuning.config import Domain, StudyConfig
 
 SELECTABLE = get_args(EvalConfig.model_fields["select"].annotation)
+MAX_CHECKED = 20_000  # combinations: a second
+Of = Callable[[str, Domain], list[Any]]
 
 
 def resolve(study: StudyConfig) -> TrainConfig:
     """The configuration that all trials start from, after checking the whole space against it.
 
-    Each value is tried alone; a combination that the training configuration refuses is a failed trial later.
-
     Raises:
-        ConfigError: unknown key or bad value in `overrides` or `space`.
+        ConfigError: unknown key, bad value or bad combination of values in `overrides` or `space`.
     """
     values = {
         "run": {"name": study.name, "storage": study.storage},
@@ -30,35 +32,34 @@ def resolve(study: StudyConfig) -> TrainConfig:
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     base = configs.load(TrainConfig, study.base, overrides, PRESETS)
-    base = trial_config(study, base, {})
     if base.data.val is None:
         raise ConfigError("data.val is null: trials are compared on the validation split, so set data.val in overrides")
     if study.metric == "order" and not base.eval.twins:
         raise ConfigError("metric=order needs eval.twins=true in overrides")
-    for key, domain in study.space.items():
-        for value in _probes(domain):
+    is_range = any(domain.bounds for domains in study.space.values() for domain in domains)
+    # A range is checked by its ends and by a number between, which an integer field refuses.
+    for place in (0.0, 1.0, 0.381966) if is_range else (0.0,):
+        for sampled in _to_check(study, lambda key, domain, place=place: _listed(domain, place)):  # type: ignore[misc]
             try:
-                trial_config(study, base, {key: value})
+                trial_config(study, base, sampled)
             except ConfigError as error:
-                hint = "" if domain.choice is not None else " (a range draws any number in it: use choice for a list)"
-                raise ConfigError(f"space: {error}{hint}") from None
+                raise ConfigError(f"space: {error}{_hint(study, sampled, str(error))}") from None
     return base
 
 
 def trial_config(study: StudyConfig, base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     """`base` with a trial's sampled values. Raises ConfigError.
 
-    Unless study or trial say otherwise, checkpoints come with evaluations, since each report that Tune sees must hold
-    the metric, and `best/` is selected by the study's metric.
+    Unless study or trial say otherwise, checkpoints come with evaluations, so that a trial that goes on meets each of
+    its evaluations once, and `best/` is selected by the study's metric.
     """
-    config = configs.apply(base, values)
     given = {*study.overrides, *values}
     derived: dict[str, Any] = {}
     if "checkpoint.every" not in given:
-        derived["checkpoint.every"] = config.eval.every
+        derived["checkpoint.every"] = values.get("eval.every", base.eval.every)
     if "eval.select" not in given and study.metric in SELECTABLE:
         derived["eval.select"] = study.metric
-    config = configs.apply(config, derived)
+    config = configs.apply(base, {**values, **derived})
     if config.checkpoint.every % config.eval.every:
         raise ConfigError(
             f"checkpoint.every={config.checkpoint.every} is no multiple of eval.every={config.eval.every}: "
@@ -67,32 +68,63 @@ def trial_config(study: StudyConfig, base: TrainConfig, values: Mapping[str, Any
     return config
 
 
-def domains(study: StudyConfig) -> dict[str, Any]:
-    """The space as ray.tune's domains, by dotted key."""
-    from ray import tune
-
-    def of(domain: Domain) -> Any:
-        if domain.choice is not None:
-            return tune.choice(domain.choice)
-        if domain.uniform is not None:
-            return tune.uniform(*domain.uniform)
-        assert domain.loguniform is not None
-        return tune.loguniform(*domain.loguniform)
-
-    return {key: of(domain) for key, domain in study.space.items()}
+def domain_of(study: StudyConfig, key: str, values: Mapping[str, Any]) -> Domain | None:
+    """The domain of a key beside the values of those that it depends on; None if it is left as it is."""
+    return next((domain for domain in study.space[key] if domain.applies(values)), None)
 
 
-def plain(value: Any) -> Any:
-    """A sampled value as plain data: some searchers draw numpy numbers, which JSON and YAML refuse."""
-    return value.item() if hasattr(value, "item") else value
+def combinations(study: StudyConfig, of: Of = lambda key, domain: domain.values or []) -> Iterator[dict[str, Any]]:
+    """Every combination of values, in the order of the keys, where `of` lists those of a domain."""
+    return _extended(study, study.keys, {}, of)
 
 
-def _probes(domain: Domain) -> Iterator[Any]:
-    """All choices; of a range its ends and a number between, which an integer field refuses."""
-    if domain.choice is not None:
-        yield from domain.choice
+def _extended(study: StudyConfig, keys: list[str], values: dict[str, Any], of: Of) -> Iterator[dict[str, Any]]:
+    if not keys:
+        yield values
         return
-    bounds = domain.uniform or domain.loguniform
-    assert bounds is not None
-    low, high = bounds
-    yield from (low, high, low + (high - low) * 0.381966)
+    key, *rest = keys
+    domain = domain_of(study, key, values)
+    if domain is None:
+        yield from _extended(study, rest, values, of)
+        return
+    for value in of(key, domain):
+        yield from _extended(study, rest, {**values, key: value}, of)
+
+
+def _to_check(study: StudyConfig, of: Of) -> Iterator[dict[str, Any]]:
+    """All combinations if they are few; else every pair of two keys' values, the others drawn."""
+    few = list(itertools.islice(combinations(study, of), MAX_CHECKED + 1))
+    if len(few) <= MAX_CHECKED:
+        yield from few
+        return
+    draw = random.Random(0)
+    every = [(key, value) for key, domains in study.space.items() for d in domains for value in of(key, d)]
+    for one, other in itertools.combinations(every, 2):
+        forced = dict([one, other])
+
+        def drawn(key: str, domain: Domain, forced: dict[str, Any] = forced) -> list[Any]:
+            listed = of(key, domain)
+            if key in forced:
+                return [forced[key]] if forced[key] in listed else []
+            return [draw.choice(listed)]
+
+        yield from combinations(study, drawn)
+
+
+def _listed(domain: Domain, place: float) -> list[Any]:
+    """All values of a list; of a range the number at `place` of the way."""
+    if domain.values is not None:
+        return domain.values
+    assert domain.bounds is not None
+    low, high = domain.bounds
+    return [low + place * (high - low)]
+
+
+def _hint(study: StudyConfig, values: Mapping[str, Any], error: str) -> str:
+    """What to do about a combination that is refused."""
+    named = [key for key in values if key in error]
+    if len(named) > 1:
+        return f"; give {named[-1]} a list of domains with `when: {{{named[0]}: ...}}`, so that only what fits is drawn"
+    if any(domain.bounds for key in named for domain in study.space[key]):
+        return " (a range draws any number in it: use choice or quniform for a list)"
+    return ""

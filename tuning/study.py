@@ -1,33 +1,41 @@
 """Run a study: many training runs over sampled values, compared by a validation metric.
 
-Each trial is a run of training.train named STUDY-TRIAL in `storage`, and a child of the study's run in MLflow. The
-study's folder STORAGE/NAME gets study.json: all trials and the best one. Starting the same study again goes on with
-it: finished trials are kept, failed and unfinished ones go on from their checkpoints.
+Each trial is a run of training.train named STUDY-NUMBER, and a child of the study's run in MLflow. The study's folder
+STORAGE/NAME gets their runs, what is known of each (trials/), study.json and the report study.html. Starting the same
+study again goes on with it, whatever was killed: what has ended stays as it is, what was under way goes on from its
+checkpoints. With more `trials` it grows, with a larger `max_failures` failed trials are started once more.
 """
 
+import dataclasses
 import json
 import logging
-from collections.abc import Callable
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.execution import class_cache
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
 
 from common import config as configs
 from common import logs, shards, storage
-from common.errors import NotFoundError, RunError, exit_with, told
-from training import tracking
+from common.errors import NotFoundError, RunError, exit_with
 from training.config import TrainConfig
 from training.driver import only_driver
-from training.train import connect, read_result, scaling, train, with_absolute_paths
+from training.tracking import find_or_create, log_artifact
+from training.train import connect, scaling, train, with_absolute_paths, with_loaders
+from tuning import report, tracking
 from tuning.config import STUDIES, StudyConfig
-from tuning.promote import RESULT
-from tuning.space import domains, plain, resolve, trial_config
+from tuning.records import Records, front, ranked
+from tuning.reports import Reports
+from tuning.space import resolve, trial_config
+from tuning.table import LiveTable, table
+from tuning.trials import Source, Trials, run_name
 
 log = logging.getLogger(__name__)
+RESULT, REPORT, PRESET = "study.json", "study.html", "study.yaml"
+MAY_CHANGE = {"trials", "max_concurrent", "max_failures", "time_budget_s", "storage", "tracking", "overrides", "base"}
 
 
 def run(study: StudyConfig) -> dict[str, Any]:
@@ -39,39 +47,68 @@ def run(study: StudyConfig) -> dict[str, Any]:
     """
     base = with_absolute_paths(resolve(study))
     folder = storage.join(base.run.storage, study.name)
+    base = configs.apply(base, {"run.storage": folder})
     _, dataset_sha256 = shards.read_dataset(base.data.dataset)
     storage.check_writable(folder)
     if not ray.is_initialized():
         connect()
+    scaling(base)  # a trial that can never fit is refused here; later the cluster may be short of a node for a while
     with only_driver(folder):
         check_identity(study, base, folder)
-        parent = tracking.find_or_create(base, folder, dataset_sha256, parent=None)
-        if parent is not None:
-            tracking.set_tags(base, parent, {"study": study.name})
-        grid = _tuner(study, base, folder, parent).fit()
-        records = [_record(study, base, trial, grid[i]) for i, trial in enumerate(_trials(grid))]
-        result: dict[str, Any] = {
-            "study": study.name,
-            "metric": study.metric,
-            "mode": study.mode,
-            "dataset": base.data.dataset,
-            "dataset_sha256": dataset_sha256,
-            "trials": sorted(records, key=lambda t: str(t["trial"])),  # Tune's order changes when it is restored
-        }
-        print(table(result))
-        result["best"] = best(result)
-        _close_tracking(study, base, parent, result)
-        if result["best"] is None:
-            reasons = "; ".join(sorted({t["error"] for t in result["trials"]}))
-            raise RunError(f"all {len(result['trials'])} trials of study {study.name} failed: {reasons}")
-        storage.publish_bytes(json.dumps(result, indent=2).encode(), storage.join(folder, RESULT))
+        storage.publish_bytes(configs.dump(study).encode(), storage.join(folder, PRESET))
+        parent = find_or_create(base, folder, dataset_sha256, parent=None)
+        records = Records(folder)
+        for record in records:
+            if record.status == "failed" and record.failures <= study.max_failures:
+                record.status = "running"
+        trials = Trials(study, base, records)
+        _tuner(trials, folder, parent).fit()
+        result = _result(trials, dataset_sha256)
+        _publish(trials, result, folder, parent)
+    if result["is_over"] and not result["best"]:
+        reasons = "; ".join(sorted({str(record.error) for record in records}))
+        raise RunError(f"all {len(records)} trials of study {study.name} failed: {reasons}")
     return result
+
+
+def _result(trials: Trials, dataset_sha256: str) -> dict[str, Any]:
+    """What study.json holds."""
+    study, records = trials.study, trials.records
+    best = front(study, records) if study.cost else ranked(study, records)[:1]
+    return {
+        "study": study.name,
+        "metric": study.metric,
+        "mode": study.mode,
+        "cost": study.cost,
+        "dataset": trials.base.data.dataset,
+        "dataset_sha256": dataset_sha256,
+        "workers": trials.base.workers.model_dump(mode="json"),
+        "is_over": trials.is_over,
+        "best": [record.number for record in best],
+        "trials": [{**dataclasses.asdict(record), "metric": record.metric(study)} for record in records],
+    }
+
+
+def _publish(trials: Trials, result: dict[str, Any], folder: str, parent: str | None) -> None:
+    """study.json and study.html, the table on the terminal, and the tags in MLflow."""
+    study, base, records = trials.study, trials.base, trials.records
+    storage.publish_bytes(json.dumps(result, indent=2).encode(), storage.join(folder, RESULT))
+    page = report.render(study, base, records).encode()
+    storage.publish_bytes(page, storage.join(folder, REPORT))
+    print(table(study, base, records), flush=True)
+    by_number = {record.number: record for record in records}
+    best = [by_number[number] for number in result["best"]]
+    tracking.study_ended(study, base, parent, records, best, trials.is_over)
+    if parent is not None:
+        with tempfile.TemporaryDirectory() as local:
+            (Path(local) / REPORT).write_bytes(page)
+            log_artifact(folder, Path(local) / REPORT)
 
 
 def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:
     """Refuse to go on with a study of the same name that began with other settings."""
     url = storage.join(folder, "identity.json")
-    settings = study.model_dump(mode="json", exclude={"max_concurrent", "storage", "overrides", "tracking", "base"})
+    settings = study.model_dump(mode="json", exclude=MAY_CHANGE)
     mine = {**settings, "base": base.model_dump(mode="json", exclude={"run", "tracking", "workers"})}
     try:
         theirs = json.loads(storage.read(url))
@@ -85,140 +122,53 @@ def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:
         )
 
 
-def best(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The trial with the best metric, or None if none has one."""
-    scored = [t for t in result["trials"] if t["metric"] is not None and t["status"] != "failed"]
-    pick = max if result["mode"] == "max" else min
-    return pick(scored, key=lambda t: t["metric"]) if scored else None
+def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
+    study, base = trials.study, trials.base
+    patient = {"workers.autoscale": True, "workers.loader_workers": with_loaders(base).workers.loader_workers}
 
-
-def table(result: dict[str, Any]) -> str:
-    """All trials, the best one first: status, metric, values; the reason of a failed one."""
-    sign = -1 if result["mode"] == "max" else 1
-    lines = [f"{'trial':<14}{'status':<10}{'val ' + result['metric']:>12}  values"]
-    for trial in sorted(result["trials"], key=lambda t: (t["metric"] is None, sign * (t["metric"] or 0))):
-        metric = "-" if trial["metric"] is None else f"{trial['metric']:.4g}"
-        values = "  ".join(
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={json.dumps(value)}"
-            for key, value in trial["values"].items()
-        )
-        lines.append(
-            f"{trial['trial']:<14}{trial['status']:<10}{metric:>12}  {values}  {trial['error'] or ''}".rstrip()
-        )
-    return "\n".join(lines)
-
-
-def _tuner(study: StudyConfig, base: TrainConfig, folder: str, parent: str | None) -> tune.Tuner:
-    def trial(values: dict[str, Any]) -> None:
-        # The trial's id and not the time: a trial that starts again finds its run's checkpoints.
-        name = run_name(study, tune.get_context().get_trial_id())
-        sampled = {key: plain(value) for key, value in values.items()}
-        config = configs.apply(trial_config(study, base, sampled), {"run.name": name})
-        train(config, callbacks=[TuneReportCallback()], parent=parent)
+    def trial(start: dict[str, Any]) -> None:
+        config = trial_config(study, base, json.loads(start["values"]))
+        config = configs.apply(config, {**patient, "run.name": run_name(study, start["number"])})
+        train(config, callbacks=[Reports()], parent=parent)
 
     # Tune would copy the driver's AWS keys into each trial's runtime environment, which the dashboard shows.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
-    # It only waits. A share of a CPU would keep the trial's own workers from fitting, and Tune refuses to reserve
-    # nothing at all: so one byte of memory.
-    trainable: Callable[..., Any] = tune.with_resources(trial, {"cpu": 0, "memory": 1})
-    if tune.Tuner.can_restore(folder):
-        log.info("going on with study %s", folder)
-        return tune.Tuner.restore(folder, trainable, resume_unfinished=True, resume_errored=True)
-    at_once = study.max_concurrent or _room(base)
+    os.environ |= {
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the study at once; it goes on like any killed one
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records and MLflow have it all
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tracebacks; Trials tells the reason
+        "RAY_AIR_NEW_OUTPUT": "0",  # prints a table of its own, even if asked not to
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the study would wait for minutes while MLflow is out
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    }
+    # A trial's driver only waits: a share of a CPU would keep its own workers from fitting. It lives on the head, so
+    # the loss of another node costs no more than workers, which Ray Train starts again.
+    place = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     return tune.Tuner(
-        trainable,
-        param_space=domains(study),
+        tune.with_resources(trial, place),
         tune_config=tune.TuneConfig(
-            metric=study.metric,
-            mode=study.mode,
-            search_alg=_searcher(study, at_once),
-            scheduler=_scheduler(study, base),
-            num_samples=study.trials,
-            # Tune ignores this, with a warning, for a searcher that has a limit of its own.
-            max_concurrent_trials=at_once if study.searcher == "optuna" else None,
+            search_alg=Source(trials),
+            scheduler=trials,
+            num_samples=-1,
+            time_budget_s=study.time_budget_s,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name=study.name, storage_path=base.run.storage, verbose=1),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=folder, verbose=0, callbacks=[LiveTable(study, base, trials.records)]
+        ),
     )
-
-
-def run_name(study: StudyConfig, trial: str) -> str:
-    return f"{study.name}-{trial}"
-
-
-def _searcher(study: StudyConfig, at_once: int) -> Any:
-    if study.searcher == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(seed=study.seed)
-    from ray.tune.search.basic_variant import BasicVariantGenerator
-
-    return BasicVariantGenerator(max_concurrent=at_once, random_state=study.seed)
-
-
-def _scheduler(study: StudyConfig, base: TrainConfig) -> Any:
-    if study.scheduler == "none":
-        return None
-    reports = -(-base.optim.steps // base.eval.every)
-    return ASHAScheduler(
-        time_attr="training_iteration",
-        max_t=max(reports, study.grace_reports) + 1,  # a trial that reaches max_t is stopped before its test metrics
-        grace_period=study.grace_reports,
-        reduction_factor=study.reduction_factor,
-    )
-
-
-def _room(base: TrainConfig) -> int:
-    """How many trials the cluster holds now. Raises ConfigError if not even one."""
-    needed, there = scaling(base).total_resources, ray.cluster_resources()
-    return max(1, int(min(there.get(name, 0) // amount for name, amount in needed.items() if amount)))
-
-
-def _trials(grid: tune.ResultGrid) -> list[Any]:
-    return list(grid._experiment_analysis.trials)  # no public way to the values of a trial that never reported
-
-
-def _record(study: StudyConfig, base: TrainConfig, trial: Any, outcome: Any) -> dict[str, Any]:
-    url = storage.join(base.run.storage, run_name(study, trial.trial_id))
-    reports = outcome.metrics_dataframe
-    metric = None
-    if reports is not None and study.metric in reports and reports[study.metric].notna().any():
-        # Over all reports and not the last: best/ holds the weights of the best one.
-        metric = float(getattr(reports[study.metric], study.mode)())
-    error = outcome.error and str(told(outcome.error) or str(outcome.error).strip().splitlines()[-1])
-    status = "failed" if error else "finished" if read_result(url) is not None else "stopped"
-    return {
-        "trial": trial.trial_id,
-        "status": status,
-        "metric": metric,
-        "values": {key: plain(value) for key, value in trial.config.items()},
-        "run": url,
-        "error": error or None,
-    }
-
-
-def _close_tracking(study: StudyConfig, base: TrainConfig, parent: str | None, result: dict[str, Any]) -> None:
-    """Tag every trial's MLflow run, the best one as such; end the runs that the scheduler stopped, and the study's."""
-    top = result["best"]
-    for trial in result["trials"]:
-        try:
-            run_id = json.loads(storage.read(storage.join(trial["run"], tracking.RECORD)))["run_id"]
-        except NotFoundError:
-            continue
-        tags = {"study": study.name, "trial": trial["status"], "best": json.dumps(trial is top)}
-        tracking.set_tags(base, run_id, tags)
-        if trial["status"] == "stopped":
-            tracking.finish(base, run_id, {})
-    if parent is not None:
-        tags = {} if top is None else {"best_trial": top["trial"], "best_run": top["run"]}
-        tracking.finish(base, parent, tags, failed=top is None)
 
 
 def main() -> int:
     study = configs.from_command_line(StudyConfig, STUDIES, "tuning.study")
     logs.setup()
     result = run(study)
-    print(f"best: trial {result['best']['trial']}, run {result['best']['run']}")
+    folder = storage.join(storage.absolute(study.storage), study.name)
+    print(f"report: {storage.join(folder, REPORT)}")
+    if not result["is_over"]:
+        print("not over: the same command goes on with what is unfinished")
+    for number in result["best"]:
+        print(f"best: trial {number}; as a preset: python -m tuning.promote {folder} trial={number} preset=NAME")
     return 0
 
 

@@ -109,13 +109,28 @@ def test_up_and_down_by_command_line(tmp_path: Path) -> None:
         check = (
             "import ray; from common import storage\n"
             "storage.publish_bytes(b'x', 's3://runs/a'); ray.init(logging_level='ERROR')\n"
-            "print(sum(node['Alive'] for node in ray.nodes()), ray.cluster_resources()['CPU'])"
+            "import mlflow; found = mlflow.MlflowClient().search_experiments(filter_string=\"name = 'no'\")\n"
+            "print(sum(node['Alive'] for node in ray.nodes()), ray.cluster_resources()['CPU'], len(found))"
         )
         command = f'source "{folder}/env.sh" && exec "{sys.executable}" -c "$0"'
-        used = subprocess.run(
-            ["bash", "-c", command, check], cwd=entry.REPOSITORY, env=_without("RAY_", "AWS_"), capture_output=True
-        )
-        assert used.stdout.split() == [b"2", b"2.0"], used.stderr
+
+        def used() -> list[bytes]:
+            clean = _without("RAY_", "AWS_", "MLFLOW_TRACKING")
+            done = subprocess.run(["bash", "-c", command, check], cwd=entry.REPOSITORY, env=clean, capture_output=True)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.split()
+
+        assert used() == [b"2", b"2.0", b"0"]
+        drained = entry.run("cluster.local", "drain-node", "1", f"folder={folder}")
+        assert drained.code == 0, drained.err
+        for node in ("1", "7"):
+            killed = entry.run("cluster.local", "kill-node", node, f"folder={folder}")
+            if node == "1":
+                assert killed.code == 0, killed.err
+        entry.assert_refused(killed, "no node 7", "1 to 1")
+        deadline = time.monotonic() + 60
+        while used()[0] != b"1":
+            assert time.monotonic() < deadline, "the killed node is still thought alive"
     finally:
         down = entry.run("cluster.local", "down", f"folder={folder}")
     assert down.code == 0, down.err
@@ -126,6 +141,8 @@ def test_up_and_down_by_command_line(tmp_path: Path) -> None:
 
 def test_wrong_commands_are_refused(tmp_path: Path) -> None:
     entry.assert_refused(entry.run("cluster.local", "upp"), "upp")
+    entry.assert_refused(entry.run("cluster.local", "kill-node", "one"), "number of a node")
+    entry.assert_refused(entry.run("cluster.local", "kill-node", "1", f"folder={tmp_path}"), "no local cluster is up")
     entry.assert_refused(entry.run("cluster.local", "up", "node=2", f"folder={tmp_path}"), "node", "nodes")
     assert entry.run("cluster.local", "--help").code == 0
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 import pytest
 import ray
 import ray.exceptions
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 
 from cluster.local import RayCluster
 from common import errors
@@ -47,6 +47,7 @@ def test_told_finds_the_worker_that_knew() -> None:
     failures = {0: RuntimeError("connection closed by peer"), 1: ConfigError("optim.lr=0: too small")}
     assert str(told(WorkerGroupError("workers failed", failures))) == "optim.lr=0: too small"
     assert told(WorkerGroupError("workers failed", {0: RuntimeError("x")})) is None
+    assert str(told(ControllerError(DataError("shard 3 is damaged")))) == "shard 3 is damaged"
 
 
 def test_told_follows_the_cause_and_ends() -> None:

@@ -86,7 +86,13 @@ def _marker(root: Path, name: str, infos: list[SampleInfo]) -> ShardEntry:
 
 
 def write_run(
-    root: Path, name: str, dataset: Path | str, seed: int = 0, backbone: str = "tiny", scorer: dict | None = None
+    root: Path,
+    name: str,
+    dataset: Path | str,
+    seed: int = 0,
+    backbone: str = "tiny",
+    scorer: dict | None = None,
+    views: int = 2,
 ) -> str:
     """A run of random weights, as a training run leaves it."""
     settings = config.validate(
@@ -102,6 +108,7 @@ def write_run(
                 "scorer": scorer,
             },
             "optim": {"steps": 1},
+            "eval": {"views": views},
         },
     )
     torch.manual_seed(seed)

@@ -107,12 +107,6 @@ def test_parts_of_another_source_are_refused(what: str, run: str, dataset: Path,
         embed_here(config)
 
 
-def test_a_model_without_video_vectors_is_refused(dataset: Path, tmp_path: Path) -> None:
-    run = write_run(tmp_path, "scorer", dataset, scorer={"name": "xpool"})
-    with pytest.raises(RunError, match=r"model\.scorer=xpool, which scores a video only together with a query"):
-        embed_here(settings(run, tmp_path))
-
-
 def test_a_run_without_best_weights_is_refused(embed_config: EmbedConfig, dataset: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, "untrained", dataset)
     Path(run, "best", "model.safetensors").unlink()
@@ -136,7 +130,7 @@ def test_weights_that_are_not_finite_are_refused(dataset: Path, tmp_path: Path) 
     config, model = load_run(run)
     model.clip.visual.proj.data.fill_(float("nan"))
     save_best(run_url(config), model, 1, {})
-    with pytest.raises(DataError, match=r"test/shard-000000.tar, video video000: its vector is not finite"):
+    with pytest.raises(DataError, match=r"test/shard-000000.tar, video video000: its features are not finite"):
         embed_here(settings(run, tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,16 @@ def opened(tmp_path: Path, limit: int = 1000, folder: str = "cache") -> ShardCac
 
 
 def test_a_shard_is_downloaded_once_by_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Seen to fail without the lock."""
     entry = make_shard(tmp_path / "data", 0, b"x" * 100)
     downloads, original = [], storage.download
-    monkeypatch.setattr(storage, "download", lambda url, path: downloads.append(url) or original(url, path))
+
+    def slow(url: str, path: Path) -> str:
+        downloads.append(url)
+        time.sleep(0.1)  # the others come meanwhile
+        return original(url, path)
+
+    monkeypatch.setattr(storage, "download", slow)
     shards = [opened(tmp_path) for _ in range(8)]
     threads = [threading.Thread(target=shard.open, args=(entry,)) for shard in shards]
     for thread in threads:
@@ -48,6 +56,7 @@ def test_a_shard_is_downloaded_once_by_many_threads(tmp_path: Path, monkeypatch:
 
 
 def test_a_damaged_shard_is_refused_by_name_and_leaves_nothing_behind(tmp_path: Path):
+    """Seen to fail where the sum of what came is not compared."""
     entry = make_shard(tmp_path / "data", 0, b"x" * 100)
     (tmp_path / "data" / entry.name).write_bytes(b"y" * 100)
     with pytest.raises(DataError, match=r"shard-000000.tar is damaged: its sha256 is .* build it again"):
@@ -91,6 +100,7 @@ def test_a_shard_that_is_damaged_on_its_way_is_fetched_again(tmp_path: Path, mon
 
 
 def test_the_least_recently_used_shards_go_first_and_open_ones_read_on(tmp_path: Path):
+    """Seen to fail where nothing goes, the newest go first, or another process's unfinished tar counts."""
     entries = [make_shard(tmp_path / "data", n, bytes([n]) * 100) for n in range(4)]
     cache = opened(tmp_path, limit=250)
     first, _ = cache.open(entries[0])

@@ -13,11 +13,12 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from cluster import processes
 from cluster.local import RayCluster, S3Server, start_ray, start_s3
 from common import config as configs
 from common.config import dump
 from tests.conftest import RAY_FOLDER, REPOSITORY
-from tests.faults import Fault, Proxy, commands, kill, parent_of, start_storage, stop_storage, wait_until
+from tests.faults import Fault, Proxy, command_of, commands, kill, parent_of, start_storage, stop_storage, wait_until
 from tests.training import samples
 from training.config import PRESETS, TrainConfig
 
@@ -156,14 +157,19 @@ def test_a_killed_node(fragile: RayCluster, tmp_path: Path) -> None:
     assert [len(start.pids) for start in samples.starts(run.samples)] == [2, 2]
 
 
-def test_elastic_workers_become_fewer(fragile: RayCluster, tmp_path: Path) -> None:
-    """Seen to fail where the least number of workers is asked for, not the range."""
-    run = Run(fragile, tmp_path, **{"workers.num_workers": [1, 3]})
+def test_elastic_workers_become_fewer_and_more(fragile: RayCluster, tmp_path: Path) -> None:
+    """Fewer: seen to fail where the least number of workers is asked for, not the range."""
+    changes = {"workers.num_workers": [1, 3], "workers.resize_s": 5, "optim.steps": 4 * STEPS}
+    run = Run(fragile, tmp_path, **changes)
     driver = run.start()
     run.wait_for_step(30)
-    kill_a_node(fragile, run)
+    raylet = raylet_with_a_worker(fragile, run)
+    argv, env = command_of(parent_of(raylet))
+    os.kill(raylet, signal.SIGKILL)
+    wait_until(lambda: len(samples.starts(run.samples)) == 2)
+    processes.start(argv, env, fragile.mark, tmp_path / "node.log")
     run.finish(driver)
-    assert [len(start.pids) for start in samples.starts(run.samples)] == [3, 2]
+    assert [len(start.pids) for start in samples.starts(run.samples)] == [3, 2, 3]
 
 
 def kill_a_node(nodes: RayCluster, run: Run) -> None:

@@ -9,15 +9,15 @@ import torch
 
 from common import config as configs
 from common import shards
-from common.config import apply
+from common.config import apply, validate
 from common.errors import ConfigError
 from datasets_prep.build import build
 from datasets_prep.config import PRESETS, BuildConfig
 from datasets_prep.verify import verify
-from retrieval import contact_sheet
-from training.config import TrainConfig
+from training.config import EvaluateConfig, TrainConfig
+from training.data import pictures
 from training.data.loader import check_frames, eval_loader, open_cache, train_loader
-from training.evaluate import evaluate_run
+from training.evaluate import evaluate_runs
 from training.train import train
 
 
@@ -47,7 +47,11 @@ def test_training_and_evaluation_see_the_same_frames(
         assert video.shape == frames.shape and difference.max() < 4
 
 
-@pytest.mark.parametrize("command", [train, evaluate_run])
+def evaluated(config: TrainConfig) -> None:
+    evaluate_runs([validate(EvaluateConfig, config.model_dump())])
+
+
+@pytest.mark.parametrize("command", [train, evaluated])
 def test_more_frames_than_there_are_jpegs_are_refused(
     command: Callable[[TrainConfig], object], tiny: TrainConfig, jpegs: str
 ) -> None:
@@ -68,4 +72,4 @@ def test_verify_and_contact_sheet_read_them(jpegs: str) -> None:
         expected = shards.read_pictures(tar, sample)
         tar.seek(offset)
         assert shards.pictures_in(tar.read(size)) == expected
-    assert len(contact_sheet.frames(jpegs, "test/shard-000000.tar", offset, size, 6)) == 6
+    assert len(pictures.frames(jpegs, "test/shard-000000.tar", offset, size, 6)) == 6

@@ -20,6 +20,8 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
         "clipvip.npz",
         "tokshift.npz",
         "xpool.npz",
+        "xclip.npz",
+        "ts2net.npz",
     ],
 )
 def test_official_outputs_and_gradients(name: str, capsys: pytest.CaptureFixture[str]):

@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import config as configs
 from training import models, optim
+from training.backbone import BACKBONES
 from training.config import PRESETS, TrainConfig
-from training.models.clip import BACKBONES
 from training.step import accumulate
 
 CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a dog", "cutting onions in a kitchen"]
@@ -20,6 +20,7 @@ CAPTIONS = ["a red square moves from left to right", "a blue circle grows", "a d
 def test_every_method_has_a_preset() -> None:
     presets = [configs.load(TrainConfig, name, [], PRESETS) for name in configs.preset_names(PRESETS)]
     assert {preset.model.name for preset in presets} == set(models.MODELS)
+    assert {preset.model.scorer.name for preset in presets if preset.model.scorer} == set(models.SCORERS)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_a_preset_trains_two_steps(preset: str, deep: str) -> None:
     model = models.build(config.model)
     ddp = DistributedDataParallel(model.towers)
     optimizer = optim.build(model, config.optim)
-    size = models.image_size_of(deep)
+    size = models.image_size(config.model)
     frames = torch.randint(0, 256, (len(CAPTIONS), config.model.num_frames, 3, size, size), dtype=torch.uint8)
     tokens = models.tokenize(config.model)(CAPTIONS)
     weights = torch.ones(model.clip.vocab_size)

@@ -29,8 +29,9 @@ def driver(ray_local: object) -> None:
 
 
 def logging_samples(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Eight steps, a checkpoint every two, and a log of all video ids."""
-    return apply(config, {"optim.steps": 8, "tracking.samples": str(folder / "samples"), "eval.every": 8})
+    """Eight steps with random crops, a checkpoint every two, and a log of all video ids."""
+    draws = {"data.crop_scale": [0.5, 1.0], "data.flip": True}
+    return apply(config, {"optim.steps": 8, "tracking.samples": str(folder / "samples"), "eval.every": 8, **draws})
 
 
 @pytest.fixture
@@ -68,7 +69,9 @@ class DieAtAReport(UserCallback):
 def metric(config: TrainConfig, name: str) -> dict[int, float]:
     record = json.loads(storage.read(storage.join(run_url(config), "mlflow_run.json")))
     history = mlflow.MlflowClient(config.tracking.uri).get_metric_history(record["run_id"], name)
-    return {m.step: m.value for m in history}
+    values = {m.step: m.value for m in history}
+    assert len(values) == len(history), "a step twice"
+    return values
 
 
 def another(config: TrainConfig, name: str) -> TrainConfig:
@@ -93,6 +96,22 @@ def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: Tr
     assert captions == reference.captions
     lost = metric(logged, "train/lost_steps")
     assert list(lost) == [min(last.steps)] and 0 <= lost[min(last.steps)] <= 2 + 1
+
+
+def test_a_stopped_run_goes_on_where_its_checkpoint_is_and_ends_the_same(logged: TrainConfig, whole: Whole):
+    """Ended with its driver's part of Ray, which alone knows the checkpoints: the same command finds them."""
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        train(logged, callbacks=[DieAtAReport()])
+    assert train(logged) == whole.result
+    assert min(samples.starts(Path(logged.tracking.samples or ""))[-1].steps) >= 2
+    assert metric(logged, "train/loss") == metric(whole.config, "train/loss")  # the same to the bit
+    assert best_weights(logged) == best_weights(whole.config)
+
+
+def test_the_number_of_ranks_does_not_change_the_training(logged: TrainConfig, whole: Whole):
+    """Three ranks, which do not divide the eight lanes, and two."""
+    train(apply(logged, {"workers.num_workers": 3}))
+    assert metric(logged, "train/loss") == pytest.approx(metric(whole.config, "train/loss"), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -176,10 +195,9 @@ def test_only_damaged_checkpoints_are_one_sentence(logged: TrainConfig):
         train(logged)
 
 
-def test_a_checkpoint_is_plain_data(logged: TrainConfig):
-    train(apply(logged, {"optim.steps": 2}))
-    state = last_state(logged)
-    assert set(state) == {"model", "optimizer", "step", "best"} and state["step"] == 2
+def test_a_checkpoint_is_plain_data(whole: Whole):
+    state = last_state(whole.config)
+    assert set(state) == {"model", "optimizer", "step", "best"} and state["step"] == 8
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_before_it_is_saved(logged: TrainConfig):

@@ -9,9 +9,9 @@ import mlflow
 import pytest
 
 from common import storage
-from common.errors import StorageError
+from common.errors import DataError, StorageError
 from training import tracking
-from training.checkpoint import _upload, _within
+from training.checkpoint import _read, _upload, _within
 
 MetricLog: Any = tracking.MetricLog.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # without its actor
 
@@ -68,9 +68,17 @@ def test_an_upload_that_hangs_is_given_up():
         _within(100, lambda: {}["x"], "the upload of x")
 
 
-def test_a_checkpoints_upload_has_a_deadline(monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoints_upload_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Seen to fail where the upload waits as long as it takes."""
+    (tmp_path / "state.pt").touch()
     monkeypatch.setattr(storage, "publish", lambda path, url: time.sleep(60))
-    checkpoint: Any = SimpleNamespace(path="nowhere")
+    checkpoint: Any = SimpleNamespace(path=tmp_path)
     with pytest.raises(StorageError, match=r"the upload of s3://x/checkpoint_7 did not end within"):
         _upload("s3://x", 0.2, checkpoint, "checkpoint_7")
+
+
+def test_half_a_checkpoint_is_not_whole(tmp_path: Path):
+    """Seen to fail where the sum is not asked for."""
+    storage.publish_bytes(b"", f"{tmp_path}/checkpoint_7/state.pt")
+    with pytest.raises(DataError, match="checkpoint checkpoint_7 is not whole"):
+        _read(str(tmp_path), "checkpoint_7")

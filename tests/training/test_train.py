@@ -1,41 +1,38 @@
 """Whole runs on a real Ray cluster, S3 server and MLflow store."""
 
 import json
-import os
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import ray
-import safetensors.torch
 import torch
-from ray.train import UserCallback
 
 from cluster.local import RayCluster
 from common import config as configs
-from common import storage
-from common.config import apply, dump
-from common.errors import ConfigError, DataError, RunError, StorageError
+from common import shards, storage
+from common.config import apply, dump, validate
+from common.errors import ConfigError, DataError, NotFoundError, ProjectError, RunError, StorageError
+from retrieval.config import EmbedConfig
+from retrieval.embed import embed
 from tests.entry import assert_refused, run
 from tests.faults import commands, kill, wait_until
+from tests.retrieval.conftest import write_run
 from training import models
-from training.config import TrainConfig
+from training.config import PRESETS, EvaluateConfig, TrainConfig
 from training.driver import only_driver
-from training.evaluate import arguments, evaluate_run
-from training.train import scaling, train, with_loaders
-from training.weights import best_url, load_run, run_url
+from training.evaluate import arguments, evaluate_runs
+from training.report import shown
+from training.train import connect, main, scaling, train, with_loaders
+from training.weights import best_url, load_run, run_url, save_best
 
 
 @pytest.fixture(autouse=True)
 def driver(ray_local: object) -> None:
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-
-
-class DieAfterFirstReport(UserCallback):
-    """Ends the process that steers the run, as the loss of its node would, once a checkpoint is committed."""
-
-    def after_report(self, run_context: object, metrics: object, checkpoint: object) -> None:
-        os._exit(1)
 
 
 def train_losses(config: TrainConfig) -> list[tuple[int, float]]:
@@ -45,14 +42,13 @@ def train_losses(config: TrainConfig) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(record["run_id"], "train/loss")]
 
 
-def weights(config: TrainConfig, path: Path) -> dict:
-    storage.download(best_url(run_url(config)), path)
-    return safetensors.torch.load_file(path)
-
-
 def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
-    result = train(tiny)
-    url = run_url(tiny)
+    (tmp_path / "tiny.yaml").write_text(dump(tiny))
+    finished = run("training.train", str(tmp_path / "tiny.yaml"))
+    assert finished.code == 0, finished.err
+    printed = json.loads(finished.out[finished.out.index("{") :])
+    url, result = run_url(tiny), {name: value for name, value in printed.items() if name != "run"}
+    assert printed["run"] == url
     assert result["num_videos"] == 8 and 0 <= result["order"] <= 1
     assert json.loads(storage.read(storage.join(url, "result.json"))) == result
     assert storage.read(storage.join(url, "config.yaml")).decode() == dump(tiny)
@@ -66,40 +62,39 @@ def test_a_run_leaves_what_it_promises(tiny: TrainConfig, tmp_path: Path):
     assert {"train/loss", "train/caption", "val/order", "test/r1"} <= set(tracked.data.metrics)
     assert 0 < tracked.data.metrics["train/cores_needed"] < 100
     assert [step for step, _ in train_losses(tiny)] == [1, 2, 3, 4]
-    # Evaluated alone, its best weights score the same, on any number of workers.
-    saved = configs.load(TrainConfig, storage.join(url, "config.yaml"), ["workers.num_workers=1"])
-    assert evaluate_run(saved) == pytest.approx(result)
-    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
-        evaluate_run(apply(saved, {"data.test": "dev"}))
+    assert_evaluation_repeats(result, tiny, tmp_path)
     # The same again prints the result and does nothing; another configuration under the name is refused.
     assert train(tiny) == result
     with pytest.raises(RunError, match=r"optim.lr was 0.001, is 0.5.*choose another run.name"):
         train(apply(tiny, {"optim.lr": 0.5}))
-    # Its config.yaml is a preset: another name repeats the run.
-    again = run("training.train", storage.join(url, "config.yaml"), "run.name=again", timeout_s=300)
-    assert again.code == 0, again.err
-    assert json.loads(again.out[again.out.index("{") :])["r5"] == result["r5"]
 
 
-def test_a_stopped_run_goes_on_where_its_checkpoint_is_and_ends_the_same(tiny: TrainConfig, tmp_path: Path):
-    whole, parts = apply(tiny, {"run.name": "whole"}), apply(tiny, {"run.name": "parts"})
-    expected = train(whole)
-    with pytest.raises(ray.exceptions.ActorDiedError):
-        train(parts, callbacks=[DieAfterFirstReport()])
-    assert train(parts) == expected
-    assert train_losses(parts) == train_losses(whole)  # each step once, the same to the bit
-    one, other = weights(whole, tmp_path / "a"), weights(parts, tmp_path / "b")
-    assert all((one[name] == other[name]).all() for name in one)
+def measured(config: TrainConfig, **changes: object) -> dict[str, Any]:
+    """What training.evaluate prints of a run."""
+    given = apply(validate(EvaluateConfig, config.model_dump(mode="json")), {"resamples": 20, **changes})
+    found, folder = evaluate_runs([given])
+    return {**shown(found), "report": folder}
 
 
-def test_the_number_of_ranks_does_not_change_the_training(tiny: TrainConfig):
-    losses = {}
-    for ranks in (1, 2, 4):
-        config = apply(tiny, {"run.name": f"ranks{ranks}", "workers.num_workers": ranks})
-        train(config)
-        losses[ranks] = [loss for _, loss in train_losses(config)]
-    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+def assert_evaluation_repeats(result: dict[str, float], tiny: TrainConfig, folder: Path) -> None:
+    """Evaluated alone, a run's best weights score the same, on any number of workers; the report lies in the run."""
+    entries = shards.read_dataset(tiny.data.dataset)[0].split("test").shards
+    videos = [s.video_id for e in entries for s in shards.read_marker(tiny.data.dataset, e.name).samples]
+    rows = [f"{video},{'rising' if n % 2 else 'falling'}" for n, video in enumerate(videos)]
+    (folder / "labels.csv").write_text("\n".join(["video,label", *rows]))
+    asked = {"labels": str(folder / "labels.csv"), "eval.dsl_temperature": 0.05}
+    printed = measured(tiny, **asked, **{"workers.num_workers": 3, "eval.batch_size": 3})
+    assert {name: printed[name] for name in result} == pytest.approx(result)
+    assert {"dsl_r1", "dsl_v2t_rsum", "action_top1", "action_top5"} <= printed.keys() - result.keys()
+    assert printed["report"].startswith(f"{run_url(tiny)}/evaluations/test-")
+    assert storage.read(f"{printed['report']}/report.html").count(b"data:image/jpeg") == 2 * 4 * 2 * 4
+    with pytest.raises(DataError, match="no split 'dev'; it has test, train, val"):
+        measured(tiny, **{"data.test": "dev"})
+    given = validate(EvaluateConfig, tiny.model_dump(mode="json"))
+    with pytest.raises(ConfigError, match="the runs name different test sets"):
+        evaluate_runs([given, apply(given, {"data.test": "val"})])
+    with pytest.raises(ConfigError, match="a run is given twice"):
+        evaluate_runs([given, given])
 
 
 def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
@@ -112,7 +107,22 @@ def test_without_steps_the_backbone_is_measured_and_kept(tiny: TrainConfig):
     assert all(torch.equal(value, untrained[name]) for name, value in model.state_dict().items())
 
 
-def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig):
+def test_new_training_starts_from_old_weights(tiny: TrainConfig):
+    torch.manual_seed(7)
+    old, url = models.build(tiny.model), run_url(apply(tiny, {"run.name": "old"}))
+    save_best(url, old, 1, {})
+    storage.publish_bytes(dump(tiny).encode(), storage.join(url, "config.yaml"))
+    config = apply(tiny, {"optim.steps": 0, "model.init_from": url})
+    train(config)
+    kept = load_run(run_url(config))[1].state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in old.state_dict().items())
+    with pytest.raises(RunError, match=r"model\.init_from was .*, is null"):
+        train(apply(config, {"model.init_from": None}))
+    with pytest.raises(ConfigError, match=r"does not fit the model: prompt_cube is \[6, 6, 64\] there"):
+        train(apply(config, {"run.name": "other", "model.num_prompts": 3}))  # by the driver, before any worker
+
+
+def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig, tmp_path: Path):
     vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
     config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})
     assert 0 <= train(config)["order"] <= 1
@@ -121,6 +131,31 @@ def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: Tra
     untrained = models.build(config.model).state_dict()
     kept = {name for name, value in model.state_dict().items() if torch.equal(value, untrained[name])}
     assert kept == {name for name in untrained if name.startswith("clip.")}
+    assert embed(to_embed(config, tmp_path)).videos == 8
+
+
+def test_a_text_conditioned_model_is_trained_on_ranks_and_has_no_vector_to_embed(tiny: TrainConfig, tmp_path: Path):
+    xclip = {"name": "seq_transf", "backbone": "tiny", "temporal": {"layers": 2}, "scorer": {"name": "xclip"}}
+    config = apply(tiny, {"model": {**xclip, "num_frames": 6, "max_tokens": 32}, "losses.caption": 0})
+    result = train(config)
+    assert result["num_videos"] == 8 and 0 <= result["order"] <= 1
+    model = load_run(run_url(config))[1]
+    assert isinstance(model, models.TextConditioned)
+    assert not torch.equal(model.scorer.word_mat_weight, torch.eye(32))
+    finder = write_run(tmp_path, "finder", tiny.data.dataset)
+    printed = measured(config, **{"workers.num_workers": 1, "eval.rerank_top": 8, "recall": finder})
+    assert {name: printed[name] for name in result} == pytest.approx(result)
+    assert {"first_r1", "first_v2t_mnr"} <= printed.keys()
+    with pytest.raises(RunError, match=r"recall=.* has model\.scorer=xclip: give a run without one"):
+        measured(config, **{"eval.rerank_top": 8, "recall": run_url(config)})
+    with pytest.raises(RunError, match=r"model\.scorer=xclip, which scores a video only together with a query"):
+        embed(to_embed(config, tmp_path))
+
+
+def to_embed(config: TrainConfig, folder: Path) -> EmbedConfig:
+    """The run's test split, by one actor."""
+    here = {"output": str(folder / "vectors"), "cache": str(folder / "cache")}
+    return EmbedConfig(run=run_url(config), actors=1, cpus_per_actor=1, use_gpu=False, **here)
 
 
 def test_a_second_driver_on_the_same_run_is_refused(tiny: TrainConfig):
@@ -186,16 +221,24 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):
+    """At once: no other start would find it whole (test_failures.py).
+
+    Read by a loader's own process, as the presets do: neither torch's nor Ray's traceback is shown.
+    """
     copy = storage.join(s3, "damaged")
     for entry in storage.list_files(shapes):
         data = storage.read(entry.url)
         if "/train/" in entry.url and entry.url.endswith(".tar"):
             data = data[:-1000] + bytes(1000)[:-1] + b"x"
         storage.publish_bytes(data, copy + entry.url.removeprefix(shapes))
-    # Read by a loader's own process, as the presets do: neither torch's nor Ray's traceback is shown.
-    workers = {"workers.max_failures": 0, "workers.loader_workers": 1, "workers.num_workers": 1}
-    (tmp_path / "damaged.yaml").write_text(dump(apply(tiny, {"data.dataset": copy, **workers})))
+    starts = tmp_path / "samples"
+    workers = {"workers.loader_workers": 1, "workers.num_workers": 1, "tracking.samples": str(starts)}
+    config = apply(tiny, {"data.dataset": copy, **workers})
+    (tmp_path / "damaged.yaml").write_text(dump(config))
     assert_refused(run("training.train", str(tmp_path / "damaged.yaml")), "train/shard-00000", ".tar is damaged")
+    assert len(list(starts.iterdir())) == 1
+    save_best(run_url(config), models.build(config.model), 0, {})
+    assert_refused(run("training.evaluate", run_url(config), "data.test=train"), "train/shard-00000", ".tar is damaged")
 
 
 def test_a_mistake_that_only_workers_see_is_told_once(tiny: TrainConfig, tmp_path: Path):
@@ -208,26 +251,35 @@ def test_a_mistake_that_only_workers_see_is_told_once(tiny: TrainConfig, tmp_pat
 
 
 def test_evaluation_takes_the_weights_of_the_folder_it_is_given(tmp_path: Path):
-    given = arguments([f"{tmp_path}/runs/moved/", "data.test=val"])
+    given = arguments([f"{tmp_path}/runs/moved/", "s3://runs/a/config.yaml", "data.test=val"])
     assert given == [
-        f"{tmp_path}/runs/moved/config.yaml",
-        f"run.storage={tmp_path}/runs",
-        "run.name=moved",
-        "data.test=val",
+        [f"{tmp_path}/runs/moved/config.yaml", f"run.storage={tmp_path}/runs", "run.name=moved", "data.test=val"],
+        ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a", "data.test=val"],
     ]
-    assert arguments(["s3://runs/a/config.yaml"]) == ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a"]
-    assert_refused(run("training.evaluate", f"{tmp_path}/none"), "none/config.yaml does not exist")
+    assert arguments(["--help"]) == [["--help"]]
+    with pytest.raises(NotFoundError, match=r"none/config.yaml does not exist"):
+        configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments([f"{tmp_path}/none"])[0])
 
 
-def test_the_command_line_tells_mistakes_in_one_sentence(shapes: str, s3: str):
+def test_the_command_line_tells_mistakes_in_one_sentence(shapes: str, s3: str, monkeypatch: pytest.MonkeyPatch):
+    """`exit_with` tells whatever `main` raises; two of them the whole way."""
     where = ("tiny", f"data.dataset={shapes}", f"run.storage={s3}")
     wrong = {"AWS_SECRET_ACCESS_KEY": "wrongwrongwrong"}
     assert_refused(run("training.train", *where, env=wrong), "SignatureDoesNotMatch", "check AWS_ACCESS_KEY_ID")
     secret = run("training.train", *where, "tracking.uri=http://me:hunter2@mlflow")
     assert_refused(secret, "tracking.uri holds a password", "MLFLOW_TRACKING_PASSWORD")
     assert "hunter2" not in secret.out + secret.err
-    assert_refused(run("training.train", *where, env={"RAY_ADDRESS": "127.0.0.1:9"}), "no Ray cluster at RAY_ADDRESS")
-    assert_refused(run("training.train", "tinny"), "unknown preset 'tinny', did you mean 'tiny'")
-    assert_refused(run("training.train", "tiny", "optim.lrr=1"), "unknown key 'optim.lrr', did you mean 'optim.lr'")
-    assert_refused(run("training.train", "tiny", "optim.steps=many"), 'optim.steps="many"', "integer")
-    assert_refused(run("training.train", "tiny", "model.captioner=null"), "losses.caption=0.5 needs a caption head")
+
+    def refused(*given: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["training.train", *given])
+        with pytest.raises(ProjectError) as error:
+            main()
+        return str(error.value)
+
+    assert "unknown preset 'tinny', did you mean 'tiny'" in refused("tinny")
+    assert "unknown key 'optim.lrr', did you mean 'optim.lr'" in refused("tiny", "optim.lrr=1")
+    assert re.search('optim.steps="many".*integer', refused("tiny", "optim.steps=many"))
+    assert "losses.caption=0.5 needs a caption head" in refused("tiny", "model.captioner=null")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(RunError, match="no Ray cluster at RAY_ADDRESS"):
+        connect()

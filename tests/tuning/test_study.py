@@ -1,8 +1,7 @@
-"""Studies on a real Ray cluster: four trials end to end, one that fails throughout, and promotion."""
+"""Studies on a real Ray cluster: four trials end to end, one that fails, and promotion."""
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from training.config import PRESETS, TrainConfig
 from training.train import connect
 from tuning.config import STUDIES, PromoteConfig, StudyConfig
 from tuning.promote import promote
+from tuning.records import Record, Records
 from tuning.study import run
 
 Result = dict[str, Any]
@@ -54,21 +54,28 @@ def tiny(folder: Path, *overrides: str) -> StudyConfig:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> Result:
-    return run(tiny(folder))
+    return run(tiny(folder, "overrides.losses.temperature=0.05"))
 
 
 def test_four_trials(folder: Path, result: Result) -> None:
-    assert [t["status"] for t in result["trials"]] == ["finished"] * 4
-    assert len({json.dumps(t["values"]) for t in result["trials"]}) == 4
-    for trial in result["trials"]:
+    trials = result["trials"]
+    assert [(t["number"], t["status"], t["failures"]) for t in trials] == [(i, "finished", 0) for i in range(4)]
+    assert len({json.dumps(t["values"]) for t in trials}) == 4
+    for trial in trials:
         config = configs.load(TrainConfig, f"{trial['run']}/config.yaml")
         assert config.model.model_dump()["cube_init_std"] == trial["values"]["model.cube_init_std"]
         assert config.losses.caption == trial["values"]["losses.caption"]
+        assert [report["step"] for report in trial["reports"]] == [2]
+        assert 0 < trial["worker_s"] < trial["seconds"]
     # The nodes have the credentials; no trial's runtime environment, which the dashboard shows, repeats them.
-    trials = [a for a in list_actors(detail=True, limit=1000) if "ImplicitFunc" in a.class_name]
-    assert trials and os.environ["AWS_SECRET_ACCESS_KEY"] not in str(trials)
-    assert result["best"]["metric"] == max(t["metric"] for t in result["trials"])
-    assert json.loads((folder / "studies/tiny/study.json").read_text()) == result
+    drivers = [a for a in list_actors(detail=True, limit=1000) if "ImplicitFunc" in a.class_name]
+    assert drivers and os.environ["AWS_SECRET_ACCESS_KEY"] not in str(drivers)
+    [best] = result["best"]
+    assert trials[best]["metric"] == max(t["metric"] for t in trials)
+    study = folder / "studies/tiny"
+    assert json.loads((study / "study.json").read_text()) == result and result["is_over"]
+    assert "Learning curves" in (study / "study.html").read_text()
+    assert len(list((study / "trials").iterdir())) == 4
 
 
 def test_one_parent_and_four_children(folder: Path, result: Result) -> None:
@@ -80,19 +87,30 @@ def test_one_parent_and_four_children(folder: Path, result: Result) -> None:
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(runs) == 5 and len(children) == 4
     assert {r.info.status for r in runs} == {"FINISHED"}
+    trial = result["trials"][result["best"][0]]
     assert parent.data.tags["study"] == "tiny"
-    assert parent.data.tags["best_run"] == result["best"]["run"]
+    assert parent.data.tags["best_run"] == trial["run"]
+    assert [a.path for a in client.list_artifacts(parent.info.run_id) if a.path == "study.html"]
     [best] = [r for r in children if r.data.tags["best"] == "true"]
-    assert best.data.tags["run"] == result["best"]["run"]
+    assert best.data.tags["run"] == trial["run"] and best.data.tags["status"] == "finished"
+    assert best.data.metrics["study/worker_s"] == trial["worker_s"]
+    assert best.data.metrics["study/seconds"] == trial["seconds"]
     history = client.get_metric_history(best.info.run_id, "val/rsum")
-    assert max(m.value for m in history) == pytest.approx(result["best"]["metric"])
+    assert max(m.value for m in history) == pytest.approx(trial["metric"])
+    # It started from losses.temperature; a random CLIP does from 0.07.
+    assert client.get_metric_history(best.info.run_id, "train/logit_scale")[0].value == pytest.approx(20, rel=0.01)
 
 
-def test_again_keeps_finished_trials(folder: Path, result: Result) -> None:
+def test_again_keeps_what_has_ended(folder: Path, result: Result) -> None:
+    """Seen to fail, on MLflow, where the trials' metrics were logged at each start."""
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    runs = [r.info.run_id for r in client.search_runs(["1"])]
     before = {t["run"]: Path(t["run"], "result.json").stat().st_mtime_ns for t in result["trials"]}
-    again = run(tiny(folder))
+    again = run(tiny(folder, "overrides.losses.temperature=0.05"))
     assert again == result
     assert {r: Path(r, "result.json").stat().st_mtime_ns for r in before} == before
+    assert [r.info.run_id for r in client.search_runs(["1"])] == runs
+    assert all(len(client.get_metric_history(one, "study/worker_s")) <= 1 for one in runs)
     with pytest.raises(RunError, match="began with another seed, base"):
         run(tiny(folder, "seed=1", "overrides.optim.steps=4"))
 
@@ -101,49 +119,39 @@ def test_promote(folder: Path, result: Result) -> None:
     chosen = PromoteConfig(study=str(folder / "studies/tiny"), preset="winner", folder=str(folder))
     path = promote(chosen)
     config = configs.load(TrainConfig, "winner", presets=folder)
-    for key, value in result["best"]["values"].items():
+    for key, value in result["trials"][result["best"][0]]["values"].items():
         assert key in path.read_text().split("\nrun:")[0]
         section, name = key.split(".")
         assert config.model_dump()[section][name] == value
-    assert config.run.name == "winner" and str(folder) not in config.tracking.uri
+    assert (
+        config.run.name == "winner"
+        and not config.workers.autoscale
+        and str(folder) not in config.tracking.uri + config.data.cache
+    )
     with pytest.raises(ConfigError, match=r"winner.yaml already exists"):
         promote(chosen)
-    with pytest.raises(RunError, match="trial=nobody is not one of"):
-        promote(chosen.model_copy(update={"preset": "other", "trial": "nobody"}))
+    with pytest.raises(RunError, match="trial=9 has no result in study tiny; those that have: 0, 1, 2, 3"):
+        promote(chosen.model_copy(update={"preset": "other", "trial": 9}))
     with pytest.raises(RunError, match=r"no study\.json"):
         promote(chosen.model_copy(update={"preset": "other", "study": str(folder)}))
     assert not (PRESETS / "winner.yaml").exists()
 
 
-def test_all_failed(folder: Path) -> None:
-    # Each value is good with the base, not with the other.
-    clash = '{"model.num_frames": {"choice": [6]}, "model.num_prompts": {"choice": [12]}}'
-    base = configs.load(TrainConfig, "tiny", ["model.num_frames=12"], PRESETS)
-    (folder / "base.yaml").write_text(configs.dump(base))
-    study = tiny(folder, "name=clash", f"base={folder / 'base.yaml'}", "trials=2", f"space={clash}")
-    with pytest.raises(RunError, match=r"all 2 trials of study clash failed: .*model.num_frames=6 is no multiple"):
-        run(study)
-    assert not (folder / "studies/clash/study.json").exists()
-
-
-@pytest.mark.slow
-def test_asha_stops_trials_and_frees_their_workers(folder: Path) -> None:
-    space = '{"optim.lr_new": {"loguniform": [1e-6, 1.0]}, "optim.lr": {"loguniform": [1e-6, 0.1]}}'
-    search = ["searcher=optuna", "scheduler=asha", "reduction_factor=2", "metric=mnr", "mode=min", f"space={space}"]
-    length = ["overrides.optim.steps=6", "overrides.eval.every=1", "trials=4", "max_concurrent=1"]
-    result = run(tiny(folder, "name=asha", *search, *length))
-    statuses = [t["status"] for t in result["trials"]]
-    assert set(statuses) == {"finished", "stopped"}
-    assert result["best"]["metric"] == min(t["metric"] for t in result["trials"])
-    deadline = time.monotonic() + 60  # Ray's cleaner looks every few seconds whether a stopped trial's driver lives
-    while (held := groups()) and time.monotonic() < deadline:
-        time.sleep(1)
-    assert held == []
+def test_one_that_fails_is_recorded_and_the_study_goes_on(folder: Path) -> None:
+    """A loss that is not finite fails alike each time, so it is not tried again. Seen to fail where it was."""
+    grid = ["searcher=grid", "trials=null", 'space={"optim.lr": {"choice": [1e30, 1e-3]}}']
+    result = run(tiny(folder, "name=mixed", *grid, "overrides.optim.steps=3"))
+    assert [(t["status"], bool(t["error"])) for t in result["trials"]] == [("failed", True), ("finished", False)]
+    assert "the loss is" in result["trials"][0]["error"] and result["best"] == [1]
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
-    runs = client.search_runs(["1"], "tags.study = 'asha'")
-    assert len(runs) == 5 and {r.info.status for r in runs} == {"FINISHED"}
+    [failed] = client.search_runs(["1"], "tags.study = 'mixed' and tags.status = 'failed'")
+    assert failed.info.status == "FAILED" and "the loss is" in failed.data.tags["error"]
 
 
-def groups() -> list[dict[str, Any]]:
-    """The placement groups that hold resources."""
-    return [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+def test_all_failed_is_told(folder: Path) -> None:
+    """And what has failed as often as it may is not started again."""
+    study = tiny(folder, "name=lost", "trials=1")
+    lost = Record(0, {"losses.caption": 0.5}, "gone", status="failed", failures=3, error="a node died")
+    Records(f"{folder}/studies/lost").save(lost)
+    with pytest.raises(RunError, match=r"all 1 trials of study lost failed: a node died"):
+        run(study)

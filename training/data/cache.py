@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import functools
+import io
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -107,6 +108,13 @@ def _tars(root: Path) -> Iterator[tuple[float, int, Path]]:
                 yield stat.st_mtime, stat.st_size, path
 
 
+class _Tar(io.FileIO):
+    """Closed with its last reference: whoever holds it reads on after it has left the cache."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @functools.lru_cache(maxsize=256)
 def _open(cache: ShardCache, name: str, entry: ShardEntry) -> tuple[BinaryIO, ShardIndex]:
     """One open file and parsed index per shard and process; a block of shards is in use at a time."""
@@ -116,7 +124,7 @@ def _open(cache: ShardCache, name: str, entry: ShardEntry) -> tuple[BinaryIO, Sh
         raise DataError(
             f"{cache.url}/{name}: its marker is not the one that dataset.json was made from; build it again"
         )
-    return open(tar, "rb"), index
+    return _Tar(tar), index
 
 
 @contextlib.contextmanager

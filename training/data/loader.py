@@ -24,6 +24,7 @@ from training.data import decode
 from training.data.cache import ShardCache
 from training.data.decode import FrameSettings
 from training.data.plan import SampleOrder, caption_turn
+from training.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 Item = tuple[int, int, int]  # epoch, shard, row
@@ -117,13 +118,13 @@ def train_loader(
     settings = FrameSettings(
         model.segments,
         model.num_frames // model.segments,
-        models.image_size_of(model.backbone),
+        models.image_size(model),
         config.data.crop_scale,
         config.data.flip,
     )
     data = ClipDataset(cache, train_entries(config, dataset), settings, config.seed)
     steps = Steps(sample_order(config, dataset), start, config.optim.steps, rank, world_size)
-    collate = functools.partial(_collate_pairs, backbone=model.backbone, max_tokens=model.max_tokens)
+    collate = functools.partial(_collate_pairs, model=model)
     return _loader(data, steps, collate, config.workers.loader_workers or 0)
 
 
@@ -145,7 +146,7 @@ def eval_frames(config: TrainConfig, views: int) -> FrameSettings:
     """The evaluation's frames: `views` clips of num_frames, interleaved in time, centre square."""
     model = config.model
     chunks = views * model.num_frames // model.segments
-    return FrameSettings(model.segments, chunks, models.image_size_of(model.backbone))
+    return FrameSettings(model.segments, chunks, models.image_size(model))
 
 
 def check_frames(config: TrainConfig, url: str, dataset: DatasetIndex, split: str, views: int) -> None:
@@ -203,9 +204,9 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _collate_pairs(clips: list[Clip], backbone: str, max_tokens: int) -> Batch:
+def _collate_pairs(clips: list[Clip], model: ModelConfig) -> Batch:
     captions = [clip.info.captions[clip.turn] for clip in clips]
-    tokens_BL = models.tokenizer(backbone, max_tokens)([c.text for c in captions])
+    tokens_BL = models.tokenize(model)([c.text for c in captions])
     return Batch(
         torch.stack([clip.frames_FCHW for clip in clips]),
         tokens_BL,

@@ -1,5 +1,7 @@
 """The caption head of Prompt Switch (reference: official code, ICCV 2023): trained beside retrieval, never used in it.
 
+What it says of a video is written by training/caption.py.
+
 Shapes: B videos, F frames, L tokens, D text width (= joint width), V vocabulary, K counted positions of the batch.
 """
 
@@ -7,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from training.models import clip as clip_tower
-from training.models.clip import open_clip
 
 
 class Captioner(nn.Module):
@@ -17,25 +18,25 @@ class Captioner(nn.Module):
     the token embedding, not tied to it. The memory is the frame features before their normalisation.
     """
 
-    def __init__(self, clip: open_clip.CLIP, layers: int, dropout: float = 0.0) -> None:
+    def __init__(self, clip: clip_tower.Clip, layers: int, dropout: float = 0.0) -> None:
         super().__init__()
-        vocabulary, width = clip.token_embedding.weight.shape
+        table_VD = clip_tower.text_tower(clip).token_embedding.weight
+        vocabulary, width = table_VD.shape
         heads = clip_tower.text_heads(clip)
         layer = nn.TransformerDecoderLayer(width, heads, 4 * width, dropout, batch_first=True)
         self.prenorm = nn.LayerNorm(width)
         self.decoder = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
         self.head = nn.Linear(width, vocabulary)
         with torch.no_grad():
-            self.head.weight.copy_(clip.token_embedding.weight)
+            self.head.weight.copy_(table_VD)
             self.head.bias.zero_()
 
-    def forward(self, clip: open_clip.CLIP, tokens_BL: Tensor, frames_BFD: Tensor) -> Tensor:
-        """Hidden states B(L-1)D for the input positions 0..L-2; position j predicts token j+1."""
-        inputs_BL = tokens_BL[:, :-1]
+    def forward(self, clip: clip_tower.Clip, tokens_BL: Tensor, frames_BFD: Tensor) -> Tensor:
+        """Hidden states BLD; position j predicts token j+1."""
         with torch.no_grad():
-            words_BLD = clip_tower.embed_words(clip, inputs_BL)
+            words_BLD = clip_tower.embed_words(clip, tokens_BL)
         mask_LL = nn.Transformer.generate_square_subsequent_mask(
-            inputs_BL.shape[1], device=words_BLD.device, dtype=words_BLD.dtype
+            tokens_BL.shape[1], device=words_BLD.device, dtype=words_BLD.dtype
         )
         return self.decoder(self.prenorm(words_BLD), frames_BFD, tgt_mask=mask_LL, tgt_is_causal=True)
 

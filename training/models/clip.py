@@ -1,155 +1,59 @@
-"""The only file that touches open_clip's internals: what the methods need from a CLIP with a ViT image tower.
+"""What the methods need of a CLIP: the blocks of its two towers one by one, and how they are read out.
+
+The towers are open_clip's own ViT and text transformer, or timm's image towers (timm_tower.py). An image's tokens come
+first in its sequence; methods put theirs behind.
 
 Shapes: N images, C channels, H height, W width (of images) or H heads of width d, L tokens, D width, T texts, E joint
 width.
 """
 
 import copy
-import functools
-import gzip
-import importlib.util
-import logging
-import tempfile
-import zipfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from common import storage
-from common.errors import ConfigError, ProjectError
+from training.models import timm_tower
+from training.models.clip_weights import Clip, build_clip, clip_from_config
+from training.models.open_clip_lib import (
+    ResidualAttentionBlock,
+    TextTransformer,
+    TimmModel,
+    VisionTransformer,
+    open_clip,
+)
 
-log = logging.getLogger(__name__)
-BACKBONES = Path(__file__).parent / "backbones"
-FULL_VOCABULARY = 49408
-OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights in OpenAI's files
+__all__ = ["Clip", "ImageTower", "build_clip", "clip_from_config", "open_clip"]
+
+ImageTower: TypeAlias = VisionTransformer | TimmModel
 Hook = Callable[[Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-_torchvision_ops: torch.library.Library | None = None
 
 
-def _declare_torchvision_ops() -> None:
-    """Let a torchvision built for CUDA import beside a CPU torch.
-
-    PyPI's torchvision has no CPU build; its import annotates two operators that only its CUDA library would
-    register. Declaring their schemas is enough: what needs the compiled code still says that it is missing.
-    """
-    global _torchvision_ops
-    spec = importlib.util.find_spec("torchvision")
-    if torch.version.cuda or torch.version.hip or spec is None or not spec.origin or _torchvision_ops is not None:
-        return
-    for library in Path(spec.origin).parent.glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(library))
-            return
-        except OSError:
-            continue
-    _torchvision_ops = torch.library.Library("torchvision", "FRAGMENT")
-    for operator in ("nms", "qnms"):
-        _torchvision_ops.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# ---- image towers
 
 
-_declare_torchvision_ops()
-import open_clip  # noqa: E402 (torchvision, which it imports, needs the declaration above)
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer  # noqa: E402
-
-
-def build_clip(backbone: str, pretrained: str | None) -> open_clip.CLIP:
-    """A CLIP by open_clip name, by a name in `backbones/`, or by the path of a model config.
-
-    Args:
-        pretrained: open_clip tag, local path or s3:// URL; None gives random weights.
-
-    Raises:
-        ConfigError: the name is unknown, the weights don't fit, or the towers are not of a supported kind.
-    """
-    name = _register(backbone)
-    if pretrained is None:
-        logging.disable(logging.WARNING)  # open_clip warns that the weights are random, as asked
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            weights = _local_weights(pretrained, name, Path(folder))
-            model = open_clip.create_model(name, pretrained=weights)
-    except ProjectError:
-        raise
-    except Exception as error:  # whatever torch.load, a hub client or load_state_dict raise
-        if pretrained is None:
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.pretrained={pretrained} cannot be loaded into {backbone}: {reason}") from None
-    finally:
-        logging.disable(logging.NOTSET)
-    if not isinstance(model, open_clip.CLIP):
-        raise ConfigError(f"model.backbone={backbone}: only CLIP's own text tower is supported, not a custom one")
-    visual = model.visual
-    if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
-        raise ConfigError(
-            f"model.backbone={backbone}: only a ViT image tower that reads out its CLS token is supported"
-        )
-    if not all(isinstance(block, ResidualAttentionBlock) for block in visual.transformer.resblocks):
-        raise ConfigError(f"model.backbone={backbone}: its blocks are not plain pre-norm attention blocks")
-    model.logit_scale.data.clamp_(max=4.6052)
-    return model
-
-
-@functools.lru_cache(maxsize=8)
-def tokenizer(backbone: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
-    """A function from sentences to int64 ids TL, padded with zeros to the longest of them.
-
-    Start and end tokens are included; a longer sentence is cut to `max_tokens`, its end token kept.
-    """
-    name = _register(backbone)
-    config = open_clip.get_model_config(name)
-    assert config is not None
-    context = min(max_tokens, config["text_cfg"].get("context_length", 77))
-    with tempfile.TemporaryDirectory() as folder:
-        size = config["text_cfg"].get("vocab_size", FULL_VOCABULARY)
-        smaller = {"bpe_path": _first_merges(Path(folder), size)} if size < FULL_VOCABULARY else {}
-        encode = open_clip.get_tokenizer(name, context_length=context, **smaller)
-
-    def tokenize(texts: list[str]) -> Tensor:
-        tokens_TL = encode(texts)
-        return tokens_TL[:, : int(lengths(tokens_TL).max())]
-
-    return tokenize
-
-
-def frequent_ids(backbone: str, words: Sequence[str]) -> list[int]:
-    """Ids of the words that are one token, and of the start and end tokens."""
-    tokens_TL = tokenizer(backbone, 8)(list(words))
-    single = tokens_TL[lengths(tokens_TL) == 3]
-    return sorted(set(single[:, :3].flatten().tolist()))
-
-
-def lengths(tokens_TL: Tensor) -> Tensor:
-    """Ids up to and including the end token, T. The end token is the largest id of CLIP's vocabulary."""
-    return tokens_TL.argmax(dim=-1) + 1
-
-
-def normalize_pixels(visual: VisionTransformer, frames: Tensor) -> Tensor:
+def normalize_pixels(visual: ImageTower, frames: Tensor) -> Tensor:
     """uint8 (or already normalised float) ...CHW → float, with the tower's mean and standard deviation."""
     if frames.is_floating_point():
         return frames
-    dtype = visual.conv1.weight.dtype
-    mean = torch.tensor(getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN, dtype=dtype)
-    std = torch.tensor(getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD, dtype=dtype)
-    scale, shift = 1 / (255 * std), mean / std
-    device = frames.device
-    return frames.to(dtype) * scale.to(device)[:, None, None] - shift.to(device)[:, None, None]
+    dtype = next(visual.parameters()).dtype
+    mean = torch.tensor(getattr(visual, "image_mean", open_clip.OPENAI_DATASET_MEAN), dtype=dtype)
+    std = torch.tensor(getattr(visual, "image_std", open_clip.OPENAI_DATASET_STD), dtype=dtype)
+    # Without waiting for the device.
+    scale_C11, shift_C11 = (
+        v[:, None, None].to(frames.device, non_blocking=True) for v in (1 / (255 * std), mean / std)
+    )
+    return frames.to(dtype) * scale_C11 - shift_C11
 
 
-def image_size_of(backbone: str) -> int:
-    """Pixels of a frame's side, without building the model."""
-    config = open_clip.get_model_config(_register(backbone))
-    assert config is not None
-    return int(config["vision_cfg"]["image_size"])
-
-
-def image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> Tensor:
-    """[CLS, patches] with positions, after the pre-LayerNorm: NLD."""
+def image_tokens(visual: ImageTower, pixels_NCHW: Tensor) -> Tensor:
+    """[CLS, patches], or what the tower has of them, with positions, as they enter the first block: NLD."""
+    if isinstance(visual, TimmModel):
+        return timm_tower.image_tokens(visual.trunk, pixels_NCHW)
     return visual._embeds(pixels_NCHW)
 
 
@@ -160,13 +64,59 @@ def raw_image_tokens(visual: VisionTransformer, pixels_NCHW: Tensor) -> tuple[Te
     return visual.class_embedding.to(patches_NLD.dtype) + positions_LD[:1], patches_NLD + positions_LD[1:]
 
 
-def layers(tower: VisionTransformer | open_clip.CLIP) -> int:
+def pre_norm(visual: ImageTower, x: Tensor) -> Tensor:
+    """The LayerNorm before the first block, if the tower has one."""
+    return visual.trunk.norm_pre(x) if isinstance(visual, TimmModel) else visual.ln_pre(x)
+
+
+def pooled(visual: ImageTower, x_NLD: Tensor) -> Tensor:
+    """What carries each image behind the last block, ND: its CLS, or the pooling that the tower was trained with.
+
+    Args:
+        x_NLD: the image's own tokens only.
+    """
+    if isinstance(visual, TimmModel):
+        return timm_tower.pooled(visual.trunk, x_NLD)
+    if visual.pool_type == "tok":
+        return x_NLD[:, 0]
+    x_NLD = x_NLD if visual.final_ln_after_pool else visual.ln_post(x_NLD)
+    return x_NLD[:, 1:].mean(dim=1)
+
+
+def project(visual: ImageTower, x: Tensor) -> Tensor:
+    """What carries an image → the joint space, with the last LayerNorm if it stands behind the pooling: ...D → ...E."""
+    if isinstance(visual, TimmModel):
+        return timm_tower.project(visual, x)
+    is_normed = visual.pool_type == "avg" and not visual.final_ln_after_pool
+    return (x if is_normed else visual.ln_post(x)) @ visual.proj
+
+
+def image_width(visual: ImageTower) -> int:
+    """D."""
+    return int(visual.trunk.embed_dim if isinstance(visual, TimmModel) else visual.conv1.out_channels)
+
+
+def tokens_per_image(visual: ImageTower) -> int:
+    """L, without what a method adds."""
+    if isinstance(visual, TimmModel):
+        return int(visual.trunk.patch_embed.num_patches + visual.trunk.num_prefix_tokens)
+    return len(visual.positional_embedding)
+
+
+def vision_heads(visual: ImageTower) -> int:
+    return int(_blocks(visual)[0].attn.num_heads)
+
+
+# ---- blocks of either tower
+
+
+def layers(tower: ImageTower | Clip) -> int:
     """The number of blocks of an image tower, or of a CLIP's text tower."""
-    return len(tower.transformer.resblocks)
+    return len(_blocks(tower))
 
 
 def run_block(
-    tower: VisionTransformer | open_clip.CLIP,
+    tower: ImageTower | Clip,
     layer: int,
     x_NLD: Tensor,
     mix: Hook | None = None,
@@ -174,6 +124,7 @@ def run_block(
     shift: Hook | None = None,
     attend: Attend | None = None,
     mask: Tensor | None = None,
+    images: int = 1,
 ) -> Tensor:
     """One pre-norm block of an image tower, or of a CLIP's text tower.
 
@@ -183,30 +134,41 @@ def run_block(
         mix: changes what the attention reads, after the first LayerNorm, and nothing else.
         shift: changes the residual stream itself, before the attention and again before the MLP.
         attend: computes the heads' outputs from their queries, keys and values, each NHLd; None = full attention.
-        mask: added to the attention's logits, LL.
+            Of open_clip's own towers only.
+        mask: added to the attention's logits, LL. Of open_clip's own towers only.
+        images: how many images' tokens begin each sequence, one after the other.
     """
-    block = tower.transformer.resblocks[layer]
-    if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
-        again: Tensor = checkpoint(_run_block, block, x_NLD, mix, shift, attend, mask, use_reentrant=False)
+    is_timm = isinstance(tower, TimmModel)
+    stack = tower.trunk if is_timm else _stack(tower)
+    block, rotary = _blocks(tower)[layer], timm_tower.rotary(stack, x_NLD.shape[1], images) if is_timm else None
+    if stack.grad_checkpointing and torch.is_grad_enabled():
+        again: Tensor = checkpoint(_run_block, block, x_NLD, mix, shift, attend, mask, rotary, use_reentrant=False)
         return again
-    return _run_block(block, x_NLD, mix, shift, attend, mask)
+    return _run_block(block, x_NLD, mix, shift, attend, mask, rotary)
 
 
 def _run_block(
-    block: ResidualAttentionBlock,
+    block: ResidualAttentionBlock | timm_tower.Block,
     x_NLD: Tensor,
     mix: Hook | None = None,
     shift: Hook | None = None,
     attend: Attend | None = None,
     mask: Tensor | None = None,
+    rotary_LR: Tensor | None = None,
 ) -> Tensor:
+    is_own = isinstance(block, ResidualAttentionBlock)
     x_NLD = x_NLD if shift is None else shift(x_NLD)
-    y_NLD = block.ln_1(x_NLD)
+    y_NLD = block.ln_1(x_NLD) if is_own else block.norm1(x_NLD)
     y_NLD = y_NLD if mix is None else mix(y_NLD)
-    y_NLD = block.attention(y_NLD, attn_mask=mask) if attend is None else _attention(block.attn, y_NLD, attend)
-    x_NLD = x_NLD + block.ls_1(y_NLD)
+    if not is_own:
+        y_NLD = timm_tower.attention(block, y_NLD, rotary_LR)
+    elif attend is None:
+        y_NLD = block.ls_1(block.attention(y_NLD, attn_mask=mask))
+    else:
+        y_NLD = block.ls_1(_attention(block.attn, y_NLD, attend))
+    x_NLD = x_NLD + y_NLD
     x_NLD = x_NLD if shift is None else shift(x_NLD)
-    return x_NLD + block.ls_2(block.mlp(block.ln_2(x_NLD)))
+    return x_NLD + (block.ls_2(block.mlp(block.ln_2(x_NLD))) if is_own else timm_tower.mlp(block, x_NLD))
 
 
 def _attention(attention: nn.MultiheadAttention, y_NLD: Tensor, attend: Attend) -> Tensor:
@@ -216,14 +178,24 @@ def _attention(attention: nn.MultiheadAttention, y_NLD: Tensor, attend: Attend) 
     return attention.out_proj(attend(q_NHLd, k_NHLd, v_NHLd).transpose(1, 2).flatten(2))
 
 
+def _stack(tower: VisionTransformer | Clip) -> nn.Module:
+    """The open_clip transformer of an image tower, or of a CLIP's text tower."""
+    return tower.transformer if isinstance(tower, VisionTransformer) else text_tower(tower).transformer
+
+
+def _blocks(tower: ImageTower | Clip) -> Any:
+    return tower.trunk.blocks if isinstance(tower, TimmModel) else _stack(tower).resblocks
+
+
 class TextBlocks(nn.Module):
     """A copy of the first blocks of the text tower, to go on training over something else than words."""
 
-    def __init__(self, clip: open_clip.CLIP, count: int, ln_eps: float) -> None:
+    def __init__(self, clip: Clip, count: int, ln_eps: float) -> None:
         super().__init__()
-        self.resblocks = copy.deepcopy(clip.transformer.resblocks[:count])
-        for block in self.resblocks:
+        blocks = copy.deepcopy(_blocks(clip)[:count])
+        for block in blocks:
             block.ln_1.eps = block.ln_2.eps = ln_eps
+        self.resblocks = blocks
         self.requires_grad_(True)  # the original may be frozen
 
     def forward(self, x_NLD: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -232,94 +204,65 @@ class TextBlocks(nn.Module):
         return x_NLD
 
 
-def project_cls(visual: VisionTransformer, cls: Tensor) -> Tensor:
-    """The tower's last LayerNorm and projection: ...D → ...E."""
-    return visual.ln_post(cls) @ visual.proj
+# ---- text towers
 
 
-def embed_words(clip: open_clip.CLIP, tokens_TL: Tensor) -> Tensor:
+def text_tower(clip: Clip) -> TextTransformer | open_clip.CLIP:
+    """What holds the text tower's parts: a CLIP its own ones, a CLIP with a custom text tower that one."""
+    return getattr(clip, "text", clip)
+
+
+def lengths(tokens_TL: Tensor) -> Tensor:
+    """Ids up to and including the end token, T, of CLIP's tokenizer: the end token is its largest id."""
+    return tokens_TL.argmax(dim=-1) + 1
+
+
+def ends(clip: Clip, tokens_TL: Tensor) -> Tensor:
+    """The slot that each sentence is read out of, T."""
+    text = text_tower(clip)
+    pool, end_id = (clip.text_pool_type, clip.text_eos_id) if text is clip else (text.pool_type, text.eos_id)
+    if pool == "eos":
+        return (tokens_TL == end_id).int().argmax(dim=-1)
+    if pool in ("first", "last"):
+        return tokens_TL.new_full((len(tokens_TL),), 0 if pool == "first" else tokens_TL.shape[1] - 1)
+    return lengths(tokens_TL) - 1
+
+
+def embed_words(clip: Clip, tokens_TL: Tensor) -> Tensor:
     """Token plus position embeddings, TLD."""
-    return clip.token_embedding(tokens_TL) + clip.positional_embedding[: tokens_TL.shape[1]]
+    text = text_tower(clip)
+    return text.token_embedding(tokens_TL) + text.positional_embedding[: tokens_TL.shape[1]]
 
 
-def encode_text(clip: open_clip.CLIP, tokens_TL: Tensor) -> tuple[Tensor, Tensor]:
-    """Sentence vectors TE (not normalised) and word features TLE. L may be shorter than the context.
+def encode_text(clip: Clip, tokens_TL: Tensor) -> tuple[Tensor, Tensor]:
+    """Sentence vectors TE (not normalised) and word features TLE. L may be shorter than a causal tower's context.
 
-    Equal to open_clip's `encode_text` on padded ids, because the attention is causal and reads out the end token.
+    Equal to open_clip's `encode_text` on padded ids, because a causal tower's end token does not see the padding.
     """
-    length = tokens_TL.shape[1]
-    x_TLD = clip.transformer(embed_words(clip, tokens_TL), attn_mask=clip.attn_mask[:length, :length])
-    return read_out(clip, x_TLD, lengths(tokens_TL) - 1)
+    text, length = text_tower(clip), tokens_TL.shape[1]
+    mask = text.attn_mask
+    assert mask is not None or length == len(text.positional_embedding), "this text tower reads the padding"
+    mask = None if mask is None else mask[:length, :length]
+    x_TLD = text.transformer(embed_words(clip, tokens_TL), attn_mask=mask)
+    return read_out(clip, x_TLD, ends(clip, tokens_TL))
 
 
-def read_out(clip: open_clip.CLIP, x_TLD: Tensor, slots_T: Tensor) -> tuple[Tensor, Tensor]:
+def read_out(clip: Clip, x_TLD: Tensor, slots_T: Tensor) -> tuple[Tensor, Tensor]:
     """The text tower's last LayerNorm and projection: that of one slot of each sentence TE, and all TLE."""
-    words_TLE = clip.ln_final(x_TLD) @ clip.text_projection
+    text = text_tower(clip)
+    words_TLE, projection = text.ln_final(x_TLD), text.text_projection
+    if projection is not None:
+        words_TLE = projection(words_TLE) if isinstance(projection, nn.Linear) else words_TLE @ projection
     return words_TLE[torch.arange(len(x_TLD), device=x_TLD.device), slots_T], words_TLE
 
 
-def vision_heads(visual: VisionTransformer) -> int:
-    return int(visual.transformer.resblocks[0].attn.num_heads)
+def joint_width(clip: Clip) -> int:
+    """E."""
+    projection = text_tower(clip).text_projection
+    if projection is None:
+        return int(text_tower(clip).token_embedding.embedding_dim)
+    return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
 
 
-def text_heads(clip: open_clip.CLIP) -> int:
-    return int(clip.transformer.resblocks[0].attn.num_heads)
-
-
-def clip_from_config(config: dict[str, object]) -> nn.Module:
-    """A CLIP from open_clip's own configuration keys (`embed_dim`, `vision_cfg`, `text_cfg`, `quick_gelu`)."""
-    return open_clip.CLIP(**config)
-
-
-def _register(backbone: str) -> str:
-    """Make a model config file known to open_clip; returns the model's name."""
-    path = Path(backbone) if backbone.endswith(".json") else BACKBONES / f"{backbone}.json"
-    if path.is_file():
-        open_clip.add_model_config(path)
-        return path.stem
-    if open_clip.get_model_config(backbone) is None:
-        own = ", ".join(sorted(p.stem for p in BACKBONES.glob("*.json")))
-        raise ConfigError(
-            f"model.backbone={backbone} is unknown: give an open_clip name (ViT-B-32, ...), {own}, or a .json path"
-        )
-    return backbone
-
-
-def _first_merges(folder: Path, vocabulary: int) -> str:
-    """CLIP's byte-pair merges cut to the first ones: a tokenizer of `vocabulary` ids for small models.
-
-    The ids are 512 bytes, the merges, start and end. Merges are ordered by frequency, so any prefix is a tokenizer.
-    """
-    with gzip.open(open_clip.tokenizer.default_bpe(), "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")[: 1 + vocabulary - 512 - 2]
-    path = folder / "merges.txt.gz"
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("\n".join(lines))
-    return str(path)
-
-
-def _without_code(path: Path, folder: Path) -> Path:
-    """The weights of a TorchScript archive, as OpenAI publishes its own, as a plain file; any other file as it is."""
-    if not zipfile.is_zipfile(path):
-        return path
-    with zipfile.ZipFile(path) as archive:
-        if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            return path
-    state = torch.jit.load(path, map_location="cpu").state_dict()
-    plain = folder / "weights.pt"
-    torch.save({k: v.float() for k, v in state.items() if k not in OPENAI_SIZES}, plain)
-    return plain
-
-
-def _local_weights(pretrained: str | None, name: str, folder: Path) -> str | None:
-    """A tag as it is; a path or URL as a local file, in `folder` if it has to be made."""
-    if pretrained is None or pretrained in open_clip.list_pretrained_tags_by_model(name):
-        return pretrained
-    path = Path(pretrained).expanduser()
-    if storage.is_s3(pretrained):
-        path = folder / Path(pretrained).name
-        storage.download(pretrained, path)
-    if path.is_file():
-        return str(_without_code(path.absolute(), folder))
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:5]) or "none"
-    raise ConfigError(f"model.pretrained={pretrained} is neither a file nor a tag of {name} (its tags: {tags})")
+def text_heads(clip: Clip) -> int:
+    return int(_blocks(clip)[0].attn.num_heads)

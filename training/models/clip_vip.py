@@ -21,15 +21,15 @@ from training.models.two_tower import TwoTower
 class ClipVip(TwoTower):
     """CLIP's image tower over all frames at once. Any number of frames works: the temporal table is resampled."""
 
-    def __init__(self, config: ClipVipConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: ClipVipConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__(config, clip)
-        width = self.clip.visual.conv1.out_channels
+        width = clip_tower.image_width(self.clip.visual)
         self.added_cls = nn.Parameter(torch.randn(config.num_proxies - 1, width) * config.proxy_init_std)
         self.temporal_embedding = nn.Parameter(torch.zeros(config.num_frames, width))  # starts at CLIP's own function
 
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         """The video's feature as the only one, B1E."""
-        return clip_tower.project_cls(self.clip.visual, self.tokens(pixels_BFCHW)[:, :1])
+        return clip_tower.project(self.clip.visual, self.tokens(pixels_BFCHW)[:, :1])
 
     def tokens(self, pixels_BFCHW: Tensor) -> Tensor:
         """All tokens behind the last layer, proxies first, then the patches frame by frame: BLD."""
@@ -38,7 +38,7 @@ class ClipVip(TwoTower):
         proxies_MD = torch.cat([cls_1D, self.added_cls + visual.positional_embedding[:1]])
         patches_BFPD = patches_NPD.unflatten(0, (videos, frames)) + self._times(frames)[:, None].to(patches_NPD.dtype)
         proxies_BMD = proxies_MD.to(patches_BFPD.dtype).expand(videos, -1, -1)
-        x_BLD = visual.ln_pre(torch.cat([proxies_BMD, patches_BFPD.flatten(1, 2)], dim=1))
+        x_BLD = clip_tower.pre_norm(visual, torch.cat([proxies_BMD, patches_BFPD.flatten(1, 2)], dim=1))
 
         def attend(q_BHLd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor) -> Tensor:
             return proxy_attention(q_BHLd, k_BHLd, v_BHLd, len(proxies_MD), frames)

@@ -1,6 +1,7 @@
 """Mean pooling over frames encoded one by one (CLIP4Clip-meanP, Luo et al. 2021): the baseline, blind to order.
 
-Trained: all of CLIP. Cached per video: one D vector. Multiply-adds per text-video pair: D.
+Trained: all of CLIP; with `optim.steps=0` nothing, which is zero-shot CLIP. Cached per video: one D vector.
+Multiply-adds per text-video pair: D.
 """
 
 from torch import Tensor
@@ -15,9 +16,9 @@ class MeanPool(TwoTower):
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
         visual = self.clip.visual
         x_NLD = clip_tower.image_tokens(visual, pixels_BFCHW.flatten(0, 1))
-        for layer in range(visual.transformer.layers):
+        for layer in range(clip_tower.layers(visual)):
             x_NLD = clip_tower.run_block(visual, layer, x_NLD)
-        return clip_tower.project_cls(visual, x_NLD[:, 0]).unflatten(0, pixels_BFCHW.shape[:2])
+        return clip_tower.project(visual, clip_tower.pooled(visual, x_NLD)).unflatten(0, pixels_BFCHW.shape[:2])
 
     @property
     def is_plain_clip(self) -> bool:

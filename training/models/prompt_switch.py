@@ -23,11 +23,11 @@ class PromptSwitch(TwoTower):
     a chunk spans the whole video (see training/data/decode.py), and prompts are exchanged inside a chunk only.
     """
 
-    def __init__(self, config: PromptSwitchConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: PromptSwitchConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__(config, clip)
         self.switch = config.switch
         self.pool_frames = config.pool_frames
-        width, layers = self.clip.visual.conv1.out_channels, clip_tower.layers(self.clip.visual)
+        width, layers = clip_tower.image_width(self.clip.visual), clip_tower.layers(self.clip.visual)
         first, last = config.cube_layers or (0, layers - 1)
         if last >= layers:
             raise ConfigError(f"model.cube_layers={[first, last]}: {config.backbone}'s layers are 0 to {layers - 1}")
@@ -69,11 +69,11 @@ class PromptSwitch(TwoTower):
             x_NLD = clip_tower.run_block(visual, layer, x_NLD, mix)
             if layer == self.cube_layers.stop - 1:
                 x_NLD, prompts_NSD = x_NLD[:, :image_tokens], x_NLD[:, image_tokens:]
-        cls_BFD = x_NLD[:, 0].unflatten(0, (videos, frames))
+        frames_BFD = clip_tower.pooled(visual, x_NLD).unflatten(0, (videos, frames))
         if self.aggregation is not None:
             prompts_BPD = prompts_NSD.reshape(videos, -1, x_NLD.shape[-1])
-            cls_BFD = cls_BFD + self.aggregation(cls_BFD, prompts_BPD, prompts_BPD, need_weights=False)[0]
-        return clip_tower.project_cls(visual, cls_BFD)
+            frames_BFD = frames_BFD + self.aggregation(frames_BFD, prompts_BPD, prompts_BPD, need_weights=False)[0]
+        return clip_tower.project(visual, frames_BFD)
 
     def _with_prompts(self, x_NLD: Tensor, cube: int, videos: int, frames: int) -> Tensor:
         """The tokens that enter the cube's `cube`-th layer: its first one appends prompts, one per layer adds to them.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError
 from training.models import clip as clip_tower
-from training.models.clip import open_clip
 
 LN_EPS = 1e-12  # official, here only; CLIP's own is 1e-5
 MASKED = -1e6
@@ -23,9 +22,10 @@ class TemporalTransformer(nn.Module):
         ConfigError: the text tower has too few layers or positions, or another width than the frame features.
     """
 
-    def __init__(self, clip: open_clip.CLIP, layers: int, num_frames: int) -> None:
+    def __init__(self, clip: clip_tower.Clip, layers: int, num_frames: int) -> None:
         super().__init__()
-        (positions, width), joint = clip.positional_embedding.shape, clip.text_projection.shape[1]
+        table_LD, joint = clip_tower.text_tower(clip).positional_embedding, clip_tower.joint_width(clip)
+        positions, width = table_LD.shape
         if width != joint or clip_tower.layers(clip) < layers:
             raise ConfigError(
                 f"model.temporal.layers={layers} are copied from the text tower, which has {clip_tower.layers(clip)} "
@@ -35,7 +35,7 @@ class TemporalTransformer(nn.Module):
             raise ConfigError(f"model.num_frames={num_frames} is more than model.temporal's {positions} positions")
         self.heads = clip_tower.text_heads(clip)
         self.transformerClip = clip_tower.TextBlocks(clip, layers, LN_EPS)
-        self.frame_position_embeddings = nn.Embedding.from_pretrained(clip.positional_embedding.detach().clone(), False)
+        self.frame_position_embeddings = nn.Embedding.from_pretrained(table_LD.detach().clone(), False)
 
     def forward(self, frames_BFD: Tensor, mask_BF: Tensor | None = None) -> Tensor:
         """What the frames' context adds to them, BFD; padded frames are no keys to any other."""

@@ -3,11 +3,10 @@
 What it keeps of a video is no vector that a search index could hold, so it can only re-rank what a two-tower model
 has found.
 
-Shapes: T texts, V (or B) videos, Q features of a text, F frames, L tokens, D joint width.
+Shapes: T texts, V (or B) videos, Q features of a text, K of a video, F frames, L tokens, D joint width.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,28 @@ SCORER_VALUES = 64 * 2**20  # values that a scorer holds of its pairs at once: 2
 class Scorer(nn.Module, ABC):
     """Scores all pairs of some texts and some videos. It sees features only, so the towers need not know it."""
 
-    FIXED_FRAMES: ClassVar[bool] = False  # True: its parameters have the number of frames as a size
-
     def query(self, text: TextOut) -> Tensor:
         """What it reads of a text, TQD, without parameters: the sentence's features as they leave the projection."""
         return sentence(text)[:, None]
 
+    def key(self, video: VideoOut) -> Tensor:
+        """What it reads of a video, BKD, without parameters: the frames' features as they leave the tower."""
+        return video.frames_BFD
+
+    def cached(self, key_VKD: Tensor) -> Tensor:
+        """What it makes of a video once, for whatever text: what a cache would hold."""
+        return key_VKD
+
     @abstractmethod
-    def forward(self, query_TQD: Tensor, frames_VFD: Tensor) -> Tensor:
+    def pairs(self, query_TQD: Tensor, cached_VKD: Tensor) -> Tensor:
         """Scores TV within [-1, 1], or nearly; the logit scale is not among them."""
 
     @abstractmethod
-    def values_per_pair(self, query_TQD: Tensor, frames_VFD: Tensor) -> int:
-        """How many values `forward` holds for each pair."""
+    def values_per_pair(self, query_TQD: Tensor, cached_VKD: Tensor) -> int:
+        """How many values `pairs` holds for each pair."""
+
+    def forward(self, query_TQD: Tensor, key_VKD: Tensor) -> Tensor:
+        return self.pairs(query_TQD, self.cached(key_VKD))
 
 
 class TextConditioned(nn.Module):
@@ -46,7 +54,7 @@ class TextConditioned(nn.Module):
         self.towers, self.scorer = towers, scorer
 
     @property
-    def clip(self) -> clip_tower.open_clip.CLIP:
+    def clip(self) -> clip_tower.Clip:
         return self.towers.clip
 
     def encode_text(self, tokens_TL: Tensor) -> TextOut:
@@ -57,18 +65,18 @@ class TextConditioned(nn.Module):
         return self.scorer.query(text)
 
     def key(self, video: VideoOut) -> Tensor:
-        """What a score reads of a video, and a cache has to hold of it: BFD."""
-        return video.frames_BFD
+        """What a score reads of a video, BKD."""
+        return self.scorer.key(video)
 
-    def score(self, query_TQD: Tensor, key_VFD: Tensor) -> Tensor:
+    def score(self, query_TQD: Tensor, key_VKD: Tensor) -> Tensor:
         """Scores TV; without gradient some texts at a time, where the scorer is."""
         if torch.is_grad_enabled():
-            scores_TV: Tensor = self.scorer(query_TQD, key_VFD)
+            scores_TV: Tensor = self.scorer(query_TQD, key_VKD)
             return scores_TV
-        device = next(self.scorer.parameters(), self.clip.logit_scale).device
-        key_VFD = key_VFD.to(device)
-        size = max(1, SCORER_VALUES // (len(key_VFD) * self.scorer.values_per_pair(query_TQD, key_VFD)))
-        parts = [self.scorer(part.to(device), key_VFD).to(query_TQD.device) for part in query_TQD.split(size)]
+        device = self.clip.logit_scale.device
+        cached_VKD = self.scorer.cached(key_VKD.to(device))
+        size = max(1, SCORER_VALUES // (len(cached_VKD) * self.scorer.values_per_pair(query_TQD, cached_VKD)))
+        parts = [self.scorer.pairs(part.to(device), cached_VKD).to(query_TQD.device) for part in query_TQD.split(size)]
         return torch.cat(parts)
 
     def compile_towers(self) -> None:

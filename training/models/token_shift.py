@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from common.errors import ConfigError
-from training.model_config import TokenShiftConfig
+from training.model_config import ShiftConfig
 from training.models import clip as clip_tower
 from training.models.clip import Hook
 from training.models.two_tower import TwoTower
@@ -30,10 +30,10 @@ class TokenShift(TwoTower):
         ConfigError: the backbone has fewer layers or patches than the shift needs.
     """
 
-    def __init__(self, config: TokenShiftConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: ShiftConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__(config, clip)
         self.kind, self.div, self.frames_are_unit = config.shift, config.div, config.unit_frames
-        layers, tokens = clip_tower.layers(self.clip.visual), len(self.clip.visual.positional_embedding)
+        layers, tokens = clip_tower.layers(self.clip.visual), clip_tower.tokens_per_image(self.clip.visual)
         self.first = 0 if config.last_layers is None else layers - config.last_layers
         if self.first < 0:
             raise ConfigError(
@@ -43,16 +43,15 @@ class TokenShift(TwoTower):
             raise ConfigError(f"model.div={config.div} is more than the {tokens} image tokens of {config.backbone}")
 
     def frame_features(self, pixels_BFCHW: Tensor) -> Tensor:
-        x_BFLD = self.tokens(pixels_BFCHW, clip_tower.layers(self.clip.visual))
-        return clip_tower.project_cls(self.clip.visual, x_BFLD[:, :, 0])
+        return clip_tower.project(self.clip.visual, self.tokens(pixels_BFCHW)[:, :, 0])
 
-    def tokens(self, pixels_BFCHW: Tensor, layers: int) -> Tensor:
-        """All tokens of all frames behind the first `layers`, BFLD."""
+    def tokens(self, pixels_BFCHW: Tensor, layers: int | None = None) -> Tensor:
+        """All tokens of all frames behind the first `layers`, or behind all, BFLD."""
         visual, clips = self.clip.visual, pixels_BFCHW.shape[:2]
         move = shift_cls if self.kind == "cls" else shift_patches
         shift: Hook = lambda x_NLD: move(x_NLD.unflatten(0, clips), self.div).flatten(0, 1)
         x_NLD = clip_tower.image_tokens(visual, pixels_BFCHW.flatten(0, 1))
-        for layer in range(layers):
+        for layer in range(layers or clip_tower.layers(visual)):
             here = shift if layer >= self.first else None
             if self.kind == "cls":
                 x_NLD = clip_tower.run_block(visual, layer, x_NLD, shift=here)

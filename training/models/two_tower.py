@@ -18,17 +18,19 @@ from training.models.temporal import TemporalTransformer
 
 
 class VideoOut(NamedTuple):
-    """What the video tower gives. `vector_BD` is unit length, or None for a model that can only re-rank.
+    """What the video tower gives. `vector_BD` is unit length; `frames_BFD` are the features that it is the mean of.
 
-    A method that reads out one feature for the whole clip gives it as the only one of its frames.
+    A method that reads out one feature for the whole clip gives it as the only one of its frames. `alone_BFD` are the
+    frames before the temporal transformer; without one, the same.
     """
 
-    vector_BD: Tensor | None
+    vector_BD: Tensor
     frames_BFD: Tensor
+    alone_BFD: Tensor
 
 
 class TextOut(NamedTuple):
-    """What the text tower gives. `vector_TD` is unit length; `mask_TL` is True at real tokens."""
+    """What the text tower gives. `vector_TD` is unit length; `mask_TL` is True up to the slot where it is read out."""
 
     vector_TD: Tensor
     words_TLD: Tensor
@@ -45,14 +47,21 @@ class Outputs(NamedTuple):
     caption_targets_K: Tensor | None
 
 
+def clip_of(config: TwoTowerConfig, load: bool = True) -> clip_tower.Clip:
+    """The towers that a configuration names; without `load`, random ones of the same kind. Raises ConfigError."""
+    return clip_tower.build_clip(config.backbone, config.pretrained, config.image_size, load)
+
+
 class TwoTower(nn.Module, ABC):
     """Base of the methods, which differ in `frame_features`. What is not in `clip` is new, and trains at `lr_new`."""
 
-    def __init__(self, config: TwoTowerConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: TwoTowerConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__()
-        self.clip = clip_tower.build_clip(config.backbone, config.pretrained) if clip is None else clip
+        self.clip = clip_of(config) if clip is None else clip
         self.is_frozen = config.freeze_backbone
         self.clip.requires_grad_(not self.is_frozen)
+        if self.clip.logit_bias is not None:  # SigLIP's sigmoid has it; a softmax does not feel it
+            self.clip.logit_bias.requires_grad_(False)
         head = config.captioner
         self.captioner = Captioner(self.clip, head.layers, head.dropout) if head else None
         self.temporal = None
@@ -93,14 +102,16 @@ class TwoTower(nn.Module, ABC):
 
     def encode_video(self, frames_BFCHW: Tensor) -> VideoOut:
         """uint8 frames → unit vector per video."""
-        frames_BFD = self.frame_features(clip_tower.normalize_pixels(self.clip.visual, frames_BFCHW))
-        frames_BFD = self.in_context(frames_BFD)
-        return VideoOut(normalize(self.pooled(frames_BFD), dim=-1), frames_BFD)
+        alone_BFD = self.frame_features(clip_tower.normalize_pixels(self.clip.visual, frames_BFCHW))
+        frames_BFD = self.in_context(alone_BFD)
+        return VideoOut(normalize(self.pooled(frames_BFD), dim=-1), frames_BFD, alone_BFD)
 
     def encode_text(self, tokens_TL: Tensor) -> TextOut:
         vector_TD, words_TLD = clip_tower.encode_text(self.clip, tokens_TL)
         positions = torch.arange(tokens_TL.shape[1], device=tokens_TL.device)
-        return TextOut(normalize(vector_TD, dim=-1), words_TLD, positions < clip_tower.lengths(tokens_TL)[:, None])
+        return TextOut(
+            normalize(vector_TD, dim=-1), words_TLD, positions <= clip_tower.ends(self.clip, tokens_TL)[:, None]
+        )
 
     @property
     def towers(self) -> Self:
@@ -113,7 +124,6 @@ class TwoTower(nn.Module, ABC):
 
     def key(self, video: VideoOut) -> Tensor:
         """What a score reads of a video, and an index holds of it: its vector, BD."""
-        assert video.vector_BD is not None
         return video.vector_BD
 
     def score(self, query_TD: Tensor, key_VD: Tensor) -> Tensor:
@@ -136,7 +146,7 @@ class TwoTower(nn.Module, ABC):
         if self.captioner is not None:
             # Only counted positions go through the vocabulary-wide head: padding would cost as much as words.
             counted_K = counted_rows(tokens_BL) if counted_K is None else counted_K
-            hidden_BLD = self.captioner(self.clip, tokens_BL, video.frames_BFD)
+            hidden_BLD = self.captioner(self.clip, tokens_BL[:, :-1], video.frames_BFD)
             logits = self.captioner.head(hidden_BLD.flatten(0, 1)[counted_K])
             targets = tokens_BL[:, 1:].flatten()[counted_K]
         return Outputs(text, video, self.clip.logit_scale.exp(), logits, targets)

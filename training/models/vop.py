@@ -37,18 +37,18 @@ class VoP(TwoTower):
         ConfigError: the backbone has too few layers or text positions.
     """
 
-    def __init__(self, config: VoPConfig, clip: clip_tower.open_clip.CLIP | None = None) -> None:
+    def __init__(self, config: VoPConfig, clip: clip_tower.Clip | None = None) -> None:
         super().__init__(config, clip)
         self.config = config
         visual = self.clip.visual
-        width, frame_layers = visual.conv1.out_channels, clip_tower.layers(visual) - config.joint_layers
+        width, frame_layers = clip_tower.image_width(visual), clip_tower.layers(visual) - config.joint_layers
         generic, specific = config.visual_prompts - config.num_specific, config.num_specific
         self._check(frame_layers)
 
         def table(*shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.randn(*shape) * config.prompt_init_std) if 0 not in shape else None
 
-        text_width = self.clip.token_embedding.weight.shape[1]
+        text_width = clip_tower.text_tower(self.clip).token_embedding.embedding_dim
         self.text_prompts = table(clip_tower.layers(self.clip), config.text_prompts, text_width)
         self.frame_prompts = table(frame_layers, generic, width)
         self.video_prompts = table(config.joint_layers, config.visual_prompts, width)
@@ -62,13 +62,13 @@ class VoP(TwoTower):
             self.frame_positions = nn.Parameter(torch.zeros(config.num_frames, width))  # starts at CLIP's own function
 
     def _check(self, frame_layers: int) -> None:
-        config, context = self.config, len(self.clip.positional_embedding)
+        config, context = self.config, len(clip_tower.text_tower(self.clip).positional_embedding)
         if frame_layers < (1 if config.specific else 0):
             raise ConfigError(
                 f"model.joint_layers={config.joint_layers} leaves none of {config.backbone}'s "
                 f"{clip_tower.layers(self.clip.visual)} layers for frames on their own: lower it"
             )
-        if config.max_tokens + config.text_prompts > context:
+        if config.text_prompts and config.max_tokens + config.text_prompts > context:
             raise ConfigError(
                 f"model.max_tokens={config.max_tokens} and model.text_prompts={config.text_prompts} are more than the "
                 f"{context} text positions of {config.backbone}: set model.max_tokens={context - config.text_prompts}"
@@ -80,19 +80,18 @@ class VoP(TwoTower):
         x_NLD = clip_tower.image_tokens(visual, pixels_BFCHW.flatten(0, 1))
         for layer in range(layers - joint):
             prompts_NPD = self._frame_prompts(layer, x_NLD[:, 0].unflatten(0, (videos, frames)))
-            x_NLD = _with_prompts(visual, layer, x_NLD, prompts_NPD, 1)
-        if not joint:
-            return clip_tower.project_cls(visual, x_NLD[:, 0]).unflatten(0, (videos, frames))
-        x_BFLD = x_NLD.unflatten(0, (videos, frames))
-        if self.frame_positions is not None:
-            positions_FD = self.frame_positions[_places(frames, self.frame_positions)]
-            x_BFLD = x_BFLD + positions_FD[:, None].to(x_BFLD.dtype)
-        # Every frame's CLS, then every frame's patches: one sequence per video.
-        x_BLD = torch.cat([x_BFLD[:, :, 0], x_BFLD[:, :, 1:].flatten(1, 2)], dim=1)
-        for layer in range(joint):
-            prompts_PD = None if self.video_prompts is None else self.video_prompts[layer]
-            x_BLD = _with_prompts(visual, layers - joint + layer, x_BLD, prompts_PD, frames)
-        return clip_tower.project_cls(visual, x_BLD[:, :frames])
+            x_NLD = _with_prompts(visual, layer, x_NLD, prompts_NPD)
+        if joint:
+            x_BFLD = x_NLD.unflatten(0, (videos, frames))
+            if self.frame_positions is not None:
+                positions_FD = self.frame_positions[_places(frames, self.frame_positions)]
+                x_BFLD = x_BFLD + positions_FD[:, None].to(x_BFLD.dtype)
+            x_BLD = x_BFLD.flatten(1, 2)  # one sequence per video
+            for layer in range(joint):
+                prompts_PD = None if self.video_prompts is None else self.video_prompts[layer]
+                x_BLD = _with_prompts(visual, layers - joint + layer, x_BLD, prompts_PD, frames)
+            x_NLD = x_BLD.unflatten(1, (frames, -1)).flatten(0, 1)
+        return clip_tower.project(visual, clip_tower.pooled(visual, x_NLD)).unflatten(0, (videos, frames))
 
     def _frame_prompts(self, layer: int, cls_BFD: Tensor) -> Tensor | None:
         """The prompts of a layer for each frame on its own, NPD or PD."""
@@ -113,24 +112,25 @@ class VoP(TwoTower):
         if self.text_prompts is None:
             return super().encode_text(tokens_TL)
         clip, count, suffix = self.clip, self.text_prompts.shape[1], self.config.text_suffix
+        tower = clip_tower.text_tower(clip)
         ends_T = clip_tower.lengths(tokens_TL) - 1
         mask_TL = torch.arange(tokens_TL.shape[1], device=tokens_TL.device) <= ends_T[:, None]
         if suffix:  # its place is in the longest sentence that fits, as released: padding is part of it
-            tokens_TL = pad(tokens_TL, (0, len(clip.positional_embedding) - count - tokens_TL.shape[1]))
+            tokens_TL = pad(tokens_TL, (0, len(tower.positional_embedding) - count - tokens_TL.shape[1]))
         words, start, prefix = tokens_TL.shape[1], 0 if self.config.text_front else 1, count - suffix
         slots = range(words + count)
         last = words - 1 if suffix else words  # the first word behind the suffix
         word_slots = [*slots[:start], *slots[start + prefix : last + prefix], *slots[last + count :]]
         slots_W = torch.tensor(word_slots, device=tokens_TL.device)
 
-        x_TWD = clip.token_embedding(tokens_TL)
+        x_TWD = tower.token_embedding(tokens_TL)
         for layer in range(clip_tower.layers(clip)):
             prompts_TPD = self.text_prompts[layer].to(x_TWD.dtype).expand(len(x_TWD), -1, -1)
             parts = [x_TWD[:, :start], prompts_TPD[:, :prefix], x_TWD[:, start:last]]
             x_TLD = torch.cat([*parts, prompts_TPD[:, prefix:], x_TWD[:, last:]], dim=1)
             if layer == 0:  # the first prompts take positions, so words move on by `prefix`
-                x_TLD = x_TLD + clip.positional_embedding[: len(slots)]
-            x_TLD = clip_tower.run_block(clip, layer, x_TLD, mask=clip.attn_mask[: len(slots), : len(slots)])
+                x_TLD = x_TLD + tower.positional_embedding[: len(slots)]
+            x_TLD = clip_tower.run_block(clip, layer, x_TLD, mask=tower.attn_mask[: len(slots), : len(slots)])
             x_TWD = x_TLD[:, slots_W]
         # Behind all prompts, as released: with a suffix that is no longer the end token's slot.
         vector_TD, all_TLD = clip_tower.read_out(clip, x_TLD, ends_T + count)
@@ -155,17 +155,19 @@ class ContextPrompts(nn.Module):
 
 
 def _with_prompts(
-    visual: clip_tower.VisionTransformer, layer: int, x_NLD: Tensor, prompts: Tensor | None, place: int
+    visual: clip_tower.ImageTower, layer: int, x_NLD: Tensor, prompts: Tensor | None, images: int = 1
 ) -> Tensor:
-    """One block with prompts behind the first `place` tokens; what comes out at them is dropped."""
+    """One block with prompts behind the tokens of the images; what comes out at them is dropped.
+
+    Published is a place behind CLS, which is the same: attention knows a token's place by its position only.
+    """
     if prompts is None:
-        return clip_tower.run_block(visual, layer, x_NLD)
+        return clip_tower.run_block(visual, layer, x_NLD, images=images)
     # Those of the first layer meet ln_pre, as patches do.
-    prompts_NPD = visual.ln_pre(prompts) if layer == 0 else prompts
+    prompts_NPD = clip_tower.pre_norm(visual, prompts) if layer == 0 else prompts
     prompts_NPD = prompts_NPD.to(x_NLD.dtype).expand(len(x_NLD), -1, -1)
-    x_NLD = torch.cat([x_NLD[:, :place], prompts_NPD, x_NLD[:, place:]], dim=1)
-    x_NLD = clip_tower.run_block(visual, layer, x_NLD)
-    return torch.cat([x_NLD[:, :place], x_NLD[:, place + prompts_NPD.shape[1] :]], dim=1)
+    both_NLD = clip_tower.run_block(visual, layer, torch.cat([x_NLD, prompts_NPD], dim=1), images=images)
+    return both_NLD[:, : x_NLD.shape[1]]
 
 
 def _places(frames: int, table: Tensor, dim: int = 0) -> Tensor:

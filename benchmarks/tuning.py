@@ -1,0 +1,269 @@
+"""What stopping early saves, what a study costs beside bare training, and that it survives lost nodes.
+
+    python -m benchmarks.tuning asha | overhead | faults [key=value ...]
+
+asha      The full grid of 27 points on the moving shapes, its best point with other seeds, and then ASHA on the same
+          points in random order. Told: the workers' time until the best seen is within the seeds' spread of the grid's
+          best, as a share of the grid's. By mean rank on val, which is smoother than R@1 in short runs; the time is
+          that of the training loops, without start-up, and the steps are told beside it.
+overhead  Seconds per trial of a study of three, one at a time, less those of one bare training.train, in paired rounds.
+faults    50 short trials on three Ray nodes of one CPU each; `kills` nodes are killed, one in each call.
+
+All of it is studies, so the same command goes on where it stopped; it stops when `minutes` are over.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from benchmarks import rounds
+from cluster import processes
+from cluster.local import RayCluster, start_ray
+from common import config as configs
+from common import logs
+from common.config import Settings
+from common.errors import ConfigError, exit_with
+from training.config import PRESETS, TrainConfig
+from training.train import connect, train
+from tuning.config import Domain, StudyConfig
+from tuning.records import Record, Records
+from tuning.study import run
+
+METRIC = "mnr"
+REPOSITORY = Path(__file__).parents[1]
+
+
+class TuningBenchConfig(Settings):
+    """What is measured, and how much of it."""
+
+    folder: str = Field("data/bench-tuning", description="local folder of datasets, studies and results")
+    minutes: PositiveFloat = Field(5.0, description="a call ends then; run again to go on")
+    dataset: str = Field("moving_shapes", description="preset of datasets_prep that asha trains on, built if not there")
+    base: str = Field("moving_shapes", description="training preset of asha")
+    steps: PositiveInt = Field(90, description="of a trial of asha: nine evaluations")
+    batch_size: PositiveInt = Field(32, description="of a trial of asha")
+    values: list[int] = Field([2, 3, 6], description="of model.num_prompts; three, for 27 points", min_length=1)
+    rates: list[float] = Field([3e-4, 1e-3, 3e-3], description="of optim.lr", min_length=1)
+    captions: list[float] = Field([0.1, 0.5, 1.0], description="of losses.caption", min_length=1)
+    seeds: int = Field(3, ge=2, description="other seeds of the grid's best point")
+    rounds: PositiveInt = Field(5, description="paired rounds of overhead")
+    trials: PositiveInt = Field(50, description="of faults")
+    kills: NonNegativeInt = Field(2, description="nodes killed, one in a call")
+
+
+def asha(config: TuningBenchConfig) -> None:
+    folder, dataset = _prepared(config, config.dataset)
+    if not ray.is_initialized():
+        connect()
+    end = time.monotonic() + 60 * config.minutes
+    space = {
+        "optim.lr": [Domain(choice=config.rates)],
+        "model.num_prompts": [Domain(choice=config.values)],
+        "losses.caption": [Domain(choice=config.captions)],
+    }
+    overrides = {
+        **_place(folder, dataset),
+        "optim.steps": config.steps,
+        "optim.batch_size": config.batch_size,
+        "eval.every": max(1, config.steps // 9),
+        "tracking.log_every": 1000,
+    }
+    points = len(config.rates) * len(config.values) * len(config.captions)
+
+    def part(name: str, **values: Any) -> list[Record] | None:
+        return _study(
+            folder, config.base, end, name=name, metric=METRIC, mode="min", **{"overrides": overrides, **values}
+        )
+
+    grid = part("grid", space=space, searcher="grid")
+    if grid is None:
+        return
+    top = min(grid, key=best_of)
+    seeds = {"seed": [Domain(choice=list(range(1, config.seeds + 1)))]}
+    again = part("seeds", space=seeds, searcher="grid", overrides={**overrides, **top.values})
+    if again is None:
+        return
+    stopped = part("asha", space=space, searcher="random", trials=points, scheduler="asha")
+    if stopped is None:
+        return
+    for line in compared(grid, [top, *again], stopped):
+        print(line)
+
+
+def compared(grid: list[Record], seeds: list[Record], stopped: list[Record]) -> list[str]:
+    """What ASHA took to come as near to the grid's best as seeds differ, beside the whole grid, in lines."""
+    ends = [best_of(record) for record in seeds]
+    best, spread = min(best_of(record) for record in grid), max(ends) - min(ends)
+    lines = [f"grid's best {METRIC} {best:.3f}; its point with {len(seeds)} seeds: {min(ends):.3f} to {max(ends):.3f}"]
+    for unit, key in (("worker seconds", "worker_s"), ("steps", "step")):
+        whole, all_stopped = spent(grid, key), spent(stopped, key)
+        reached = until(stopped, best + spread, key)
+        told = (
+            "never came so far" if reached is None else f"{reached:.0f} until there, {reached / whole:.3f} of the grid"
+        )
+        lines.append(f"{unit}: grid {whole:.0f}; asha {all_stopped:.0f} in all ({all_stopped / whole:.3f}), {told}")
+        grid_reached = until(grid, best + spread, key)
+        lines.append(f"{unit}: the grid itself in its own order {grid_reached or 0:.0f} until there")
+    counts = [sum(record.status == status for record in stopped) for status in ("finished", "stopped", "failed")]
+    return [*lines, f"asha: {counts[0]} finished, {counts[1]} stopped, {counts[2]} failed"]
+
+
+def best_of(record: Record) -> float:
+    return min((report[METRIC] for report in record.reports), default=float("inf"))
+
+
+def spent(records: Iterable[Record], key: str) -> float:
+    """Of all trials, up to each one's last report, in the unit of `key`."""
+    return sum(record.reports[-1][key] for record in records if record.reports)
+
+
+def until(records: Iterable[Record], target: float, key: str) -> float | None:
+    """The same, of all trials together, when the first of them reported `target` or less; None if none did."""
+    reports = sorted(((report["time"], r.number, report) for r in records for report in r.reports), key=lambda x: x[:2])
+    latest: dict[int, float] = {}
+    for _, number, report in reports:
+        latest[number] = report[key]
+        if report[METRIC] <= target:
+            return sum(latest.values())
+    return None
+
+
+def overhead(config: TuningBenchConfig) -> None:
+    folder, dataset = _prepared(config, "tiny")
+    if not ray.is_initialized():
+        connect()
+    output, per_study = folder / "overhead", 3
+    overrides = {**_place(folder, dataset), "optim.steps": 20, "eval.every": 10, "checkpoint.every": 10}
+
+    def bare() -> None:
+        place = {"run.name": "bare", "run.storage": str(output), "tracking.uri": _uri(folder)}
+        train(configs.apply(configs.load(TrainConfig, "tiny", [], PRESETS), {**overrides, **place}))
+
+    def studied() -> None:
+        space = {"optim.lr": [Domain(choice=[1e-3, 2e-3, 3e-3])]}
+        end = time.monotonic() + 600
+        _study(output, "tiny", end, name="study", space=space, searcher="grid", overrides=overrides, max_concurrent=1)
+
+    def per_trial() -> rounds.Times:
+        return {"tasks": rounds.seconds(studied)["tasks"] / per_study}
+
+    sides: dict[str, Callable[[], rounds.Times]] = {"bare": lambda: rounds.seconds(bare), "study": per_trial}
+    rows = rounds.run(folder / "overhead.jsonl", {}, config.rounds, config.minutes, sides, output)
+    if rows:
+        for side in sides:
+            print(f"{side}: {rounds.spread([row[side]['tasks'] for row in rows])} s a trial")
+        print(
+            f"study - bare: {rounds.spread([row['study']['tasks'] - row['bare']['tasks'] for row in rows])} s a trial"
+        )
+
+
+def faults(config: TuningBenchConfig) -> None:
+    folder, dataset = _prepared(config, "tiny")
+    killed = folder / "killed"
+    killed.parent.mkdir(parents=True, exist_ok=True)
+    cluster = start_ray(folder / "ray", num_nodes=3, cpus_per_node=1)
+    space = '{"optim.lr_new": {"loguniform": [1e-5, 1e-1]}, "losses.caption": {"uniform": [0.1, 1.0]}}'
+    places = {f"overrides.{key}": value for key, value in _place(folder, dataset).items()}
+    values = {"name": "faults", "storage": folder, "tracking.uri": _uri(folder), **places, "trials": config.trials}
+    arguments = [f"{key}={value}" for key, value in values.items()]
+    arguments += [f"space={space}", f"time_budget_s={60 * config.minutes}", "overrides.workers.start_timeout_s=60"]
+    try:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "tuning.study", "tiny", *arguments],
+            env={**os.environ, **cluster.env},
+            cwd=REPOSITORY,
+        )
+        done = int(killed.read_text()) if killed.exists() else 0
+        began = len(_ended(folder))
+        while driver.poll() is None:
+            time.sleep(1)
+            if done < config.kills and len(_ended(folder)) >= began + 3:
+                _kill_node(cluster, 1)
+                done = config.kills + 1  # one in a call
+                killed.write_text(str(1 + (int(killed.read_text()) if killed.exists() else 0)))
+                print("a node was killed", flush=True)
+    finally:
+        cluster.stop()
+    records = list(Records(str(folder / "faults")))
+    for status in ("finished", "stopped", "failed", "running"):
+        print(f"{status}: {sum(record.status == status for record in records)}")
+    print(f"nodes killed: {killed.read_text() if killed.exists() else 0}; starts that failed: ", end="")
+    print(sum(record.failures for record in records))
+
+
+def _ended(folder: Path) -> list[Record]:
+    return [record for record in Records(str(folder / "faults")) if record.status != "running"]
+
+
+def _kill_node(cluster: RayCluster, place: int) -> None:
+    """SIGKILL the raylet of a node and whatever it started."""
+    for pid in processes.alive(cluster.mark):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        if "raylet/raylet" in command and f"{cluster.temp}/{place}/" in command:
+            children = [child for child in processes.alive(cluster.mark) if _parent(child) == pid]
+            for one in (*children, pid):
+                os.kill(one, signal.SIGKILL)
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _study(folder: Path, base: str, end: float, **values: Any) -> list[Record] | None:
+    """The trials of a study that is over; None if the time was over before."""
+    budget = max(1.0, end - time.monotonic())
+    tracking = {"uri": _uri(folder)}
+    study = StudyConfig(storage=str(folder), base=base, tracking=tracking, time_budget_s=budget, **values)  # type: ignore[arg-type]
+    result = run(study)
+    if not result["is_over"]:
+        print(f"study {study.name} is not over: run it again to go on")
+        return None
+    return list(Records(str(folder / study.name)))
+
+
+def _prepared(config: TuningBenchConfig, preset: str) -> tuple[Path, str]:
+    """The folder, and the dataset of a preset, built if it is not there."""
+    folder = Path(config.folder).absolute()
+    dataset = folder / f"data-{preset}"
+    if not (dataset / "dataset.json").exists():
+        shutil.rmtree(dataset, ignore_errors=True)
+        command = [sys.executable, "-m", "datasets_prep.build", preset, f"output={dataset}"]
+        subprocess.run([*command, f"source.videos={folder}/videos-{preset}"], cwd=REPOSITORY, check=True)
+    return folder, str(dataset)
+
+
+def _place(folder: Path, dataset: str) -> dict[str, Any]:
+    one = {"workers.num_workers": 1, "workers.loader_workers": 0, "workers.cpus_per_worker": 1}
+    return {"data.dataset": dataset, "data.cache": str(folder / "cache"), **one}
+
+
+def _uri(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+MODES = {"asha": asha, "overhead": overhead, "faults": faults}
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(f"{(__doc__ or '').strip()}\n\n{configs.describe(TuningBenchConfig)}")
+        return 0
+    if arguments[0] not in MODES:
+        raise ConfigError(f"{arguments[0]!r} is no mode: give one of {', '.join(MODES)}")
+    logs.setup()
+    MODES[arguments[0]](configs.validate(TuningBenchConfig, configs.parse_overrides(arguments[1:])))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
