@@ -148,7 +148,8 @@ def rejected_clips(output: str) -> Iterator[tuple[str, Rejected]]:
 
 def _markers(output: str) -> list[str]:
     """The shards that have a marker, also those without a sample, which dataset.json does not list."""
-    names = [entry.url.removeprefix(output.rstrip("/") + "/") for entry in storage.list_files(output)]
+    root = storage.absolute(output).rstrip("/") + "/"  # as listed files are named
+    names = [entry.url.removeprefix(root) for entry in storage.list_files(output)]
     is_marker = [name.endswith(".json") and "/shard-" in name for name in names]
     return sorted(name.removesuffix(".json") + ".tar" for name, is_one in zip(names, is_marker, strict=True) if is_one)
 
