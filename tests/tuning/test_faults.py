@@ -112,11 +112,7 @@ class Study:
 
 
 def test_a_study_survives(nodes: RayCluster, dataset: str, tmp_path: Path) -> None:
-    """Its driver, a node under a trial, and a trial's driver are killed; then it ends as if nothing had been.
-
-    Seen to fail where the records were written at a trial's end only (ASHA forgot), and where a killed trial's driver
-    counted as the trial's end.
-    """
+    """Its driver, a node under a trial, and a trial's driver are killed; then it ends as if nothing had been."""
     search = ["searcher=tpe", "scheduler=asha", "reduction_factor=2", "trials=8", "max_concurrent=2"]
     space = '{"optim.lr_new": {"loguniform": [1e-6, 1.0]}, "optim.lr": {"loguniform": [1e-6, 0.1]}}'
     study = Study(nodes, dataset, tmp_path, *search, f"space={space}", "overrides.optim.steps=15")
@@ -177,7 +173,7 @@ def check_decisions(study: Study) -> None:
 def test_a_budget_ends_a_start_and_trials_can_be_added(
     nodes: RayCluster, dataset: str, tmp_path: Path, proxy: Proxy
 ) -> None:
-    """And the trials of a node read each shard once. Seen to fail where each trial had a cache of its own."""
+    """And the trials of a node read each shard once."""
     reads: list[str] = []
     proxy.fault = lambda method, path: (reads.append(path) if method == "GET" and ".tar" in path else None) or "none"
     study = Study(nodes, dataset, tmp_path, "trials=1", "overrides.optim.steps=6")

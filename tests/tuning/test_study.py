@@ -102,7 +102,7 @@ def test_one_parent_and_four_children(folder: Path, result: Result) -> None:
 
 
 def test_again_keeps_what_has_ended(folder: Path, result: Result) -> None:
-    """Seen to fail, on MLflow, where the trials' metrics were logged at each start."""
+    """Nor is anything logged twice in MLflow."""
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     runs = [r.info.run_id for r in client.search_runs(["1"])]
     before = {t["run"]: Path(t["run"], "result.json").stat().st_mtime_ns for t in result["trials"]}
@@ -138,7 +138,7 @@ def test_promote(folder: Path, result: Result) -> None:
 
 
 def test_one_that_fails_is_recorded_and_the_study_goes_on(folder: Path) -> None:
-    """A loss that is not finite fails alike each time, so it is not tried again. Seen to fail where it was."""
+    """A loss that is not finite fails alike each time, so it is not tried again."""
     grid = ["searcher=grid", "trials=null", 'space={"optim.lr": {"choice": [1e30, 1e-3]}}']
     result = run(tiny(folder, "name=mixed", *grid, "overrides.optim.steps=3"))
     assert [(t["status"], bool(t["error"])) for t in result["trials"]] == [("failed", True), ("finished", False)]
