@@ -29,12 +29,16 @@ def starts(folder: Path) -> list[Start]:
     files = sorted(folder.glob("*.jsonl"), key=lambda f: int(f.name.partition("-")[0]))
     found: list[Start] = []
     ranks: set[int] = set()
+    written = 0  # when the start was last seen to go on
     for file in files:
-        _, pid, rank = file.stem.split("-")
-        if not found or int(rank) in ranks:
+        begun, pid, rank = file.stem.split("-")
+        # A start of more ranks than the one before may log a new rank first.
+        if not found or int(rank) in ranks or 0 < written < int(begun):
             found.append(Start(set(), {}, {}))
-            ranks = set()
+            ranks, written = set(), 0
         ranks.add(int(rank))
+        if file.stat().st_size:
+            written = max(written, file.stat().st_mtime_ns)
         found[-1].pids.add(int(pid))
         for line in file.read_text().splitlines():
             record = json.loads(line)
