@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import processes
+from cluster.spot_notice import drain
 from common.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -53,13 +53,7 @@ class RayCluster:
     def drain_node(self, place: int, deadline_s: int = 110) -> None:
         """Tell the cluster that a node is taken away in `deadline_s`, as a spot notice does. Raises RunError."""
         self._raylet(place)
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", self.nodes[place]]
-        command += ["--address", self.address, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        command += ["--reason-message", "cluster.local drain-node", "--deadline-remaining-seconds", str(deadline_s)]
-        done = subprocess.run(command, env={**os.environ, **self.env}, capture_output=True, text=True)
-        if done.returncode:
-            lines = (done.stderr or done.stdout).strip().splitlines()
-            raise RunError(f"node {place} was not drained: {lines[-1] if lines else 'no reason given'}")
+        drain(self.nodes[place], deadline_s, self.env)
 
     def _raylet(self, place: int) -> int:
         for pid in processes.alive(self.mark):

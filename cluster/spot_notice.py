@@ -8,11 +8,13 @@ once the node is being drained.
 
 import argparse
 import logging
+import os
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 
 from common import logs
 from common.errors import RunError, exit_with
@@ -41,18 +43,20 @@ def has_notice(metadata: str = METADATA) -> bool:
         raise
 
 
-def drain(node_id: str | None = None) -> None:
-    """Tell the cluster that this node ends soon. Raises RunError if it does not accept that.
+def drain(node_id: str | None, deadline_s: int = DEADLINE_S, env: Mapping[str, str] | None = None) -> None:
+    """Tell the cluster that a node is taken away. Raises RunError if it does not accept that.
 
     Args:
         node_id: None = the node of this machine.
+        env: variables that name the cluster, if those of this process do not.
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot instance ends"]
-    command += ["--deadline-remaining-seconds", str(DEADLINE_S), *(["--node-id", node_id] if node_id else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its machine is taken away"]
+    command += ["--deadline-remaining-seconds", str(deadline_s), *(["--node-id", node_id] if node_id else [])]
+    done = subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"the node could not be drained: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise RunError(f"the node was not drained: {lines[-1] if lines else 'no reason given'}")
 
 
 def main() -> int:
