@@ -1,20 +1,19 @@
 """What stopping early saves, what a study costs beside bare training, and that it survives lost nodes.
 
-    python -m benchmarks.tuning asha | overhead | faults [key=value ...]
+    python -m benchmarks.tuning asha dataset=URL | overhead | faults [key=value ...]
 
 asha      The full grid of 27 points on the moving shapes, its best point with other seeds, and then ASHA on the same
           points in random order. Told: the workers' time until the best seen is within the seeds' spread of the grid's
           best, as a share of the grid's. By mean rank on val, which is smoother than R@1 in short runs; the time is
           that of the training loops, without start-up, and the steps are told beside it.
 overhead  Seconds per trial of a study of three, one at a time, less those of one bare training.train, in paired rounds.
-faults    50 short trials on three Ray nodes of one CPU each; `kills` nodes are killed, one in each call.
+faults    50 short trials on three Ray nodes of one CPU each; `kills` nodes are killed, one in each call, each call with
+          three nodes again.
 
 All of it is studies, so the same command goes on where it stopped; it stops when `minutes` are over.
 """
 
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,10 +25,9 @@ import ray
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from benchmarks import rounds
-from cluster import processes
-from cluster.local import RayCluster, start_ray
+from cluster.local import start_ray
 from common import config as configs
-from common import logs
+from common import logs, storage
 from common.config import Settings
 from common.errors import ConfigError, exit_with
 from training.config import PRESETS, TrainConfig
@@ -47,8 +45,9 @@ class TuningBenchConfig(Settings):
 
     folder: str = Field("data/bench-tuning", description="local folder of datasets, studies and results")
     minutes: PositiveFloat = Field(5.0, description="a call ends then; run again to go on")
-    dataset: str = Field("moving_shapes", description="preset of datasets_prep that asha trains on, built if not there")
+    dataset: str | None = Field(None, description="dataset of asha, as benchmarks.learning takes it")
     base: str = Field("moving_shapes", description="training preset of asha")
+    backbone: str = Field("benchmarks/learning.json", description="of asha's models")
     steps: PositiveInt = Field(90, description="of a trial of asha: nine evaluations")
     batch_size: PositiveInt = Field(32, description="of a trial of asha")
     values: list[int] = Field([2, 3, 6], description="of model.num_prompts; three, for 27 points", min_length=1)
@@ -61,7 +60,11 @@ class TuningBenchConfig(Settings):
 
 
 def asha(config: TuningBenchConfig) -> None:
-    folder, dataset = _prepared(config, config.dataset)
+    if config.dataset is None:
+        raise ConfigError(
+            "no dataset given: python -m benchmarks.tuning asha dataset=URL (built by datasets_prep.build)"
+        )
+    folder = Path(config.folder).absolute()
     if not ray.is_initialized():
         connect()
     end = time.monotonic() + 60 * config.minutes
@@ -71,7 +74,8 @@ def asha(config: TuningBenchConfig) -> None:
         "losses.caption": [Domain(choice=config.captions)],
     }
     overrides = {
-        **_place(folder, dataset),
+        **_place(folder, storage.absolute(config.dataset)),
+        "model.backbone": config.backbone,
         "optim.steps": config.steps,
         "optim.batch_size": config.batch_size,
         "eval.every": max(1, config.steps // 9),
@@ -138,7 +142,7 @@ def until(records: Iterable[Record], target: float, key: str) -> float | None:
 
 
 def overhead(config: TuningBenchConfig) -> None:
-    folder, dataset = _prepared(config, "tiny")
+    folder, dataset = _tiny(config)
     if not ray.is_initialized():
         connect()
     output, per_study = folder / "overhead", 3
@@ -156,6 +160,7 @@ def overhead(config: TuningBenchConfig) -> None:
     def per_trial() -> rounds.Times:
         return {"tasks": rounds.seconds(studied)["tasks"] / per_study}
 
+    bare()  # what only the first one pays for: imports, MLflow's database
     sides: dict[str, Callable[[], rounds.Times]] = {"bare": lambda: rounds.seconds(bare), "study": per_trial}
     rows = rounds.run(folder / "overhead.jsonl", {}, config.rounds, config.minutes, sides, output)
     if rows:
@@ -167,55 +172,38 @@ def overhead(config: TuningBenchConfig) -> None:
 
 
 def faults(config: TuningBenchConfig) -> None:
-    folder, dataset = _prepared(config, "tiny")
-    killed = folder / "killed"
-    killed.parent.mkdir(parents=True, exist_ok=True)
-    cluster = start_ray(folder / "ray", num_nodes=3, cpus_per_node=1)
+    folder, dataset = _tiny(config)
+    counter = folder / "killed"
+    killed = int(counter.read_text()) if counter.exists() else 0
+    is_due = killed < config.kills
     space = '{"optim.lr_new": {"loguniform": [1e-5, 1e-1]}, "losses.caption": {"uniform": [0.1, 1.0]}}'
     places = {f"overrides.{key}": value for key, value in _place(folder, dataset).items()}
     values = {"name": "faults", "storage": folder, "tracking.uri": _uri(folder), **places, "trials": config.trials}
     arguments = [f"{key}={value}" for key, value in values.items()]
     arguments += [f"space={space}", f"time_budget_s={60 * config.minutes}", "overrides.workers.start_timeout_s=60"]
+    command = [sys.executable, "-m", "tuning.study", "tiny", *arguments]
+    cluster = start_ray(folder / "ray", num_nodes=3, cpus_per_node=1)
+    driver = subprocess.Popen(command, env={**os.environ, **cluster.env}, cwd=REPOSITORY)
     try:
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "tuning.study", "tiny", *arguments],
-            env={**os.environ, **cluster.env},
-            cwd=REPOSITORY,
-        )
-        done = int(killed.read_text()) if killed.exists() else 0
         began = len(_ended(folder))
         while driver.poll() is None:
             time.sleep(1)
-            if done < config.kills and len(_ended(folder)) >= began + 3:
-                _kill_node(cluster, 1)
-                done = config.kills + 1  # one in a call
-                killed.write_text(str(1 + (int(killed.read_text()) if killed.exists() else 0)))
+            if is_due and len(_ended(folder)) >= began + 3:
+                cluster.kill_node(1)
+                is_due, killed = False, killed + 1
+                counter.write_text(str(killed))
                 print("a node was killed", flush=True)
     finally:
+        driver.kill()
         cluster.stop()
     records = list(Records(str(folder / "faults")))
     for status in ("finished", "stopped", "failed", "running"):
         print(f"{status}: {sum(record.status == status for record in records)}")
-    print(f"nodes killed: {killed.read_text() if killed.exists() else 0}; starts that failed: ", end="")
-    print(sum(record.failures for record in records))
+    print(f"nodes killed: {killed}; starts that failed: {sum(record.failures for record in records)}")
 
 
 def _ended(folder: Path) -> list[Record]:
     return [record for record in Records(str(folder / "faults")) if record.status != "running"]
-
-
-def _kill_node(cluster: RayCluster, place: int) -> None:
-    """SIGKILL the raylet of a node and whatever it started."""
-    for pid in processes.alive(cluster.mark):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-        if "raylet/raylet" in command and f"{cluster.temp}/{place}/" in command:
-            children = [child for child in processes.alive(cluster.mark) if _parent(child) == pid]
-            for one in (*children, pid):
-                os.kill(one, signal.SIGKILL)
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _study(folder: Path, base: str, end: float, **values: Any) -> list[Record] | None:
@@ -230,14 +218,13 @@ def _study(folder: Path, base: str, end: float, **values: Any) -> list[Record] |
     return list(Records(str(folder / study.name)))
 
 
-def _prepared(config: TuningBenchConfig, preset: str) -> tuple[Path, str]:
-    """The folder, and the dataset of a preset, built if it is not there."""
+def _tiny(config: TuningBenchConfig) -> tuple[Path, str]:
+    """The folder, and the tiny dataset in it, built if it is not there."""
     folder = Path(config.folder).absolute()
-    dataset = folder / f"data-{preset}"
+    dataset = folder / "tiny"
     if not (dataset / "dataset.json").exists():
-        shutil.rmtree(dataset, ignore_errors=True)
-        command = [sys.executable, "-m", "datasets_prep.build", preset, f"output={dataset}"]
-        subprocess.run([*command, f"source.videos={folder}/videos-{preset}"], cwd=REPOSITORY, check=True)
+        command = [sys.executable, "-m", "datasets_prep.build", "tiny", f"output={dataset}"]
+        subprocess.run([*command, f"source.videos={folder}/videos"], cwd=REPOSITORY, check=True)
     return folder, str(dataset)
 
 

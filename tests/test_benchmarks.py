@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, loglog
+from benchmarks import gpu, loglog, tuning
 from benchmarks.input import InputBenchConfig, drawn, summary, timed
 from benchmarks.real_clips import family
 from benchmarks.saved_bytes import saved_bytes
 from common.errors import ConfigError
 from tests.entry import REPOSITORY, run
 from training.data.decode import draws, frame_indices
+from tuning.records import Record, Status
 
 
 def test_emoji_that_differ_in_the_person_only_are_one_family() -> None:
@@ -154,3 +155,41 @@ def test_a_power_of_ten_is_as_wide_as_high_up_as_low_down() -> None:
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(xy)]
     assert steps[0] == pytest.approx(steps[1], abs=0.2) and steps[0][0] > 0 > steps[0][1]
     assert "a &amp; b" in plot and ">0.1<" in plot and ">1,000<" in plot
+
+
+def trial(number: int, *reports: tuple[float, float], status: Status = "finished") -> Record:
+    """Each report is (time, mean rank): an evaluation every 10 steps and 3 worker seconds."""
+    told = [{"step": 10.0 * i, "worker_s": 3.0 * i, "time": t, "mnr": m} for i, (t, m) in enumerate(reports, start=1)]
+    return Record(number, {}, "", status=status, reports=told)
+
+
+def test_asha_is_told_beside_the_grid() -> None:
+    """By hand. Seen to fail counting only the trial that came there, and reports that came later than it."""
+    grid = [trial(0, (1, 9), (2, 6)), trial(1, (3, 8), (4, 4))]
+    seeds = [grid[1], trial(0, (1, 9), (2, 4.5))]
+    stopped = [trial(0, (1, 9), (5, 4.5)), trial(1, (2, 9), status="stopped"), trial(2, (9, 9), status="stopped")]
+    lines = tuning.compared(grid, seeds, stopped)
+    assert lines[0] == "grid's best mnr 4.000; its point with 2 seeds: 4.000 to 4.500"
+    # Trial 0's two reports and trial 1's one; trial 2 reports after it.
+    assert lines[1] == "worker seconds: grid 12; asha 12 in all (1.000), 9 until there, 0.750 of the grid"
+    assert lines[2] == "worker seconds: the grid itself in its own order 12 until there"
+    assert lines[3] == "steps: grid 40; asha 40 in all (1.000), 30 until there, 0.750 of the grid"
+    assert lines[5] == "asha: 1 finished, 2 stopped, 0 failed"
+    assert "never came so far" in tuning.compared(grid, seeds, stopped[1:])[1]
+
+
+@pytest.mark.slow
+def test_tuning_at_toy_size(tmp_path: Path) -> None:
+    """Every mode from nothing, on the tiny dataset that `faults` builds."""
+    place = f"folder={tmp_path}"
+    done = run("benchmarks.tuning", "faults", place, "trials=5", "kills=1", "minutes=4", timeout_s=400)
+    assert done.code == 0, done.out + done.err
+    assert "finished: 5\nstopped: 0\nfailed: 0\nrunning: 0\nnodes killed: 1;" in done.out
+    done = run("benchmarks.tuning", "overhead", place, "rounds=1", timeout_s=300)
+    assert done.code == 0, done.out + done.err
+    assert "study - bare: " in done.out
+    points = ["values=[2]", "rates=[1e-3]", "captions=[0.5,1.0]", "seeds=2", "steps=9", "batch_size=8"]
+    model = [f"dataset={tmp_path / 'tiny'}", "base=tiny", "backbone=tiny"]
+    done = run("benchmarks.tuning", "asha", place, *points, *model, timeout_s=400)
+    assert done.code == 0, done.out + done.err
+    assert "with 3 seeds" in done.out and "steps: grid 18; asha" in done.out
