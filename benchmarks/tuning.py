@@ -2,10 +2,11 @@
 
     python -m benchmarks.tuning asha dataset=URL | overhead | faults [key=value ...]
 
-asha      The full grid of 27 points on the moving shapes, its best point with other seeds, and then ASHA on the same
-          points in random order. Told: the workers' time until the best seen is within the seeds' spread of the grid's
-          best, as a share of the grid's. By mean rank on val, which is smoother than R@1 in short runs; the time is
-          that of the training loops, without start-up, and the steps are told beside it.
+asha      The full grid of 27 points on the moving shapes, and its best point with other seeds. Then ASHA on these
+          points in many random orders, asked as in a study, but about the curves that the grid has left: a point's
+          curve is a function of its values. Told: the workers' time until the best seen is within the seeds' spread
+          of the grid's best, as a share of the grid's, and the same of the orders without stopping. By mean rank on
+          val, which is smoother than R@1 in short runs; the time is that of the training loops, without start-up.
 overhead  Seconds per trial of a study of three, one at a time, less those of one bare training.train, in paired rounds.
 faults    50 short trials on three Ray nodes of one CPU each; `kills` nodes are killed, one in each call, each call with
           three nodes again.
@@ -13,12 +14,16 @@ faults    50 short trials on three Ray nodes of one CPU each; `kills` nodes are 
 All of it is studies, so the same command goes on where it stopped; it stops when `minutes` are over.
 """
 
+import dataclasses
+import heapq
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import ray
@@ -34,6 +39,8 @@ from training.config import PRESETS, TrainConfig
 from training.train import connect, train
 from tuning.config import Domain, StudyConfig
 from tuning.records import Record, Records
+from tuning.space import resolve, trial_config
+from tuning.stopping import is_behind
 from tuning.study import run
 
 METRIC = "mnr"
@@ -53,6 +60,7 @@ class TuningBenchConfig(Settings):
     values: list[int] = Field([2, 3, 6], description="of model.num_prompts; three, for 27 points", min_length=1)
     rates: list[float] = Field([3e-4, 1e-3, 3e-3], description="of optim.lr", min_length=1)
     captions: list[float] = Field([0.1, 0.5, 1.0], description="of losses.caption", min_length=1)
+    orders: PositiveInt = Field(100, description="random orders of the points for asha")
     seeds: int = Field(3, ge=2, description="other seeds of the grid's best point")
     rounds: PositiveInt = Field(5, description="paired rounds of overhead")
     trials: PositiveInt = Field(50, description="of faults")
@@ -61,13 +69,10 @@ class TuningBenchConfig(Settings):
 
 def asha(config: TuningBenchConfig) -> None:
     if config.dataset is None:
-        raise ConfigError(
-            "no dataset given: python -m benchmarks.tuning asha dataset=URL (built by datasets_prep.build)"
-        )
-    folder = Path(config.folder).absolute()
+        raise ConfigError("no dataset given: asha dataset=URL (built by datasets_prep.build)")
     if not ray.is_initialized():
         connect()
-    end = time.monotonic() + 60 * config.minutes
+    folder, end = Path(config.folder).absolute(), time.monotonic() + 60 * config.minutes
     space = {
         "optim.lr": [Domain(choice=config.rates)],
         "model.num_prompts": [Domain(choice=config.values)],
@@ -81,44 +86,72 @@ def asha(config: TuningBenchConfig) -> None:
         "eval.every": max(1, config.steps // 9),
         "tracking.log_every": 1000,
     }
-    points = len(config.rates) * len(config.values) * len(config.captions)
-
-    def part(name: str, **values: Any) -> list[Record] | None:
-        return _study(
-            folder, config.base, end, name=name, metric=METRIC, mode="min", **{"overrides": overrides, **values}
-        )
-
-    grid = part("grid", space=space, searcher="grid")
+    by: dict[str, Any] = {"base": config.base, "metric": METRIC, "mode": "min"}
+    grid = _study(folder, end, name="grid", searcher="grid", space=space, overrides=overrides, **by)
     if grid is None:
         return
     top = min(grid, key=best_of)
-    seeds = {"seed": [Domain(choice=list(range(1, config.seeds + 1)))]}
-    again = part("seeds", space=seeds, searcher="grid", overrides={**overrides, **top.values})
+    seeds, same = [Domain(choice=list(range(1, config.seeds + 1)))], {**overrides, **top.values}
+    again = _study(folder, end, name="seeds", searcher="grid", space={"seed": seeds}, overrides=same, **by)
     if again is None:
         return
-    stopped = part("asha", space=space, searcher="random", trials=points, scheduler="asha")
-    if stopped is None:
-        return
-    for line in compared(grid, [top, *again], stopped):
-        print(line)
+    ends = [best_of(record) for record in (top, *again)]
+    print(f"grid's best {METRIC} {ends[0]:.3f}; that point with {len(ends)} seeds: {min(ends):.3f} to {max(ends):.3f}")
+    study = _config(folder, name="asha", trials=len(grid), scheduler="asha", space=space, overrides=overrides, **by)
+    base, target = resolve(study), ends[0] + max(ends) - min(ends)
+    for stops in (True, False):
+        orders = [replayed(study, base, grid, order, stops) for order in range(config.orders)]
+        print("\n".join(told("asha" if stops else "no stopping", grid, orders, target)))
 
 
-def compared(grid: list[Record], seeds: list[Record], stopped: list[Record]) -> list[str]:
-    """What ASHA took to come as near to the grid's best as seeds differ, beside the whole grid, in lines."""
-    ends = [best_of(record) for record in seeds]
-    best, spread = min(best_of(record) for record in grid), max(ends) - min(ends)
-    lines = [f"grid's best {METRIC} {best:.3f}; its point with {len(seeds)} seeds: {min(ends):.3f} to {max(ends):.3f}"]
+def replayed(study: StudyConfig, base: TrainConfig, grid: list[Record], order: int, stops: bool) -> list[Record]:
+    """The grid's trials as they would have gone in a random order, two at once, with what is behind stopped or not.
+
+    A point's curve is a function of its values, so what ASHA would have seen of it is known; who is behind is asked as
+    in a study.
+    """
+    finished = [record for record in grid if record.status == "finished"]
+    waiting = random.Random(order).sample(finished, len(finished))
+    begun, live = list[Record](), list[tuple[float, int]]()
+    whole = {record.number: record.reports for record in grid}
+
+    def start(now: float) -> None:
+        if waiting:
+            begun.append(dataclasses.replace(waiting.pop(), status="running", reports=[]))
+            number = begun[-1].number
+            heapq.heappush(live, (now + whole[number][0]["worker_s"], number))
+
+    for _ in range(2):
+        start(0.0)
+    while live:
+        now, number = heapq.heappop(live)
+        record = next(one for one in begun if one.number == number)
+        done, reports = len(record.reports), whole[number]
+        record.reports.append({**reports[done], "time": now})
+        if stops and is_behind(study, trial_config(study, base, record.values), record, begun):
+            record.status = "stopped"
+        elif done + 1 == len(reports):
+            record.status = "finished"
+        else:
+            heapq.heappush(live, (now + reports[done + 1]["worker_s"] - reports[done]["worker_s"], number))
+            continue
+        start(now)
+    return begun
+
+
+def told(name: str, grid: list[Record], orders: list[list[Record]], target: float) -> list[str]:
+    """What the trials of each order took, in all and until the first reported `target` or less, beside the grid's."""
+    lines = []
     for unit, key in (("worker seconds", "worker_s"), ("steps", "step")):
-        whole, all_stopped = spent(grid, key), spent(stopped, key)
-        reached = until(stopped, best + spread, key)
-        told = (
-            "never came so far" if reached is None else f"{reached:.0f} until there, {reached / whole:.3f} of the grid"
+        whole = spent(grid, key)
+        shares = [reached / whole for one in orders if (reached := until(one, target, key)) is not None]
+        there = f"{median(shares):.3f} [{min(shares):.3f}, {max(shares):.3f}]" if shares else "none"
+        in_all = median(spent(one, key) / whole for one in orders)
+        lines.append(
+            f"{name}, shares of the grid's {whole:.0f} {unit}: {in_all:.3f} in all; {there} until {target:.3f}, "
+            f"in {len(shares)} of {len(orders)} orders"
         )
-        lines.append(f"{unit}: grid {whole:.0f}; asha {all_stopped:.0f} in all ({all_stopped / whole:.3f}), {told}")
-        grid_reached = until(grid, best + spread, key)
-        lines.append(f"{unit}: the grid itself in its own order {grid_reached or 0:.0f} until there")
-    counts = [sum(record.status == status for record in stopped) for status in ("finished", "stopped", "failed")]
-    return [*lines, f"asha: {counts[0]} finished, {counts[1]} stopped, {counts[2]} failed"]
+    return lines
 
 
 def best_of(record: Record) -> float:
@@ -154,8 +187,8 @@ def overhead(config: TuningBenchConfig) -> None:
 
     def studied() -> None:
         space = {"optim.lr": [Domain(choice=[1e-3, 2e-3, 3e-3])]}
-        end = time.monotonic() + 600
-        _study(output, "tiny", end, name="study", space=space, searcher="grid", overrides=overrides, max_concurrent=1)
+        by: dict[str, Any] = {"base": "tiny", "searcher": "grid", "max_concurrent": 1}
+        _study(output, time.monotonic() + 600, name="study", space=space, overrides=overrides, **by)
 
     def per_trial() -> rounds.Times:
         return {"tasks": rounds.seconds(studied)["tasks"] / per_study}
@@ -206,11 +239,13 @@ def _ended(folder: Path) -> list[Record]:
     return [record for record in Records(str(folder / "faults")) if record.status != "running"]
 
 
-def _study(folder: Path, base: str, end: float, **values: Any) -> list[Record] | None:
+def _config(folder: Path, **values: Any) -> StudyConfig:
+    return StudyConfig(storage=str(folder), tracking={"uri": _uri(folder)}, **values)
+
+
+def _study(folder: Path, end: float, **values: Any) -> list[Record] | None:
     """The trials of a study that is over; None if the time was over before."""
-    budget = max(1.0, end - time.monotonic())
-    tracking = {"uri": _uri(folder)}
-    study = StudyConfig(storage=str(folder), base=base, tracking=tracking, time_budget_s=budget, **values)  # type: ignore[arg-type]
+    study = _config(folder, time_budget_s=max(1.0, end - time.monotonic()), **values)
     result = run(study)
     if not result["is_over"]:
         print(f"study {study.name} is not over: run it again to go on")
