@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class RayCluster:
         """
         raylet = self._raylet(place)
         for pid in (*_children(raylet, self.mark), raylet):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, signal.SIGKILL)
 
     def drain_node(self, place: int, deadline_s: int = 110) -> None:
         """Tell the cluster that a node is taken away in `deadline_s`, as a spot notice does. Raises RunError."""
