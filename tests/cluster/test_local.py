@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster import local, processes
+from cluster import local, processes, ray_nodes
 from cluster.local import RayCluster, S3Server
 from common import storage
 from common.errors import NotFoundError, RunError
@@ -92,6 +92,16 @@ def test_a_child_does_not_outlive_its_parent_unless_detached(tmp_path: Path) -> 
     _wait_until_alive("mark-3-bound", 0)
     assert len(processes.alive("mark-3-detached")) == 1
     processes.end("mark-3-detached")
+
+
+def test_a_node_is_killed_even_if_a_process_of_it_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail where the one that had ended was an error: its raylet went on."""
+    ended, raylet = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "600"])
+    ended.wait()
+    monkeypatch.setattr(ray_nodes, "_children", lambda parent, mark: [ended.pid])
+    monkeypatch.setattr(RayCluster, "_raylet", lambda cluster, place: raylet.pid)
+    RayCluster("", "", {}, "no process's mark", "").kill_node(1)
+    assert raylet.wait(10) == -9
 
 
 @pytest.mark.slow
