@@ -277,6 +277,7 @@ def test_storage_that_answers_badly(run: Run, proxy: Proxy) -> None:
 
 
 def test_a_full_disk_in_the_cache_is_one_sentence(nodes: RayCluster, tmp_path: Path) -> None:
+    """Seen to fail where the second refusal of the disk is not told as the cache's."""
     (tmp_path / "cache").mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path / "cache")], capture_output=True
