@@ -187,8 +187,8 @@ def overhead(config: TuningBenchConfig) -> None:
 
     def studied() -> None:
         space = {"optim.lr": [Domain(choice=[1e-3, 2e-3, 3e-3])]}
-        by: dict[str, Any] = {"base": "tiny", "searcher": "grid", "max_concurrent": 1}
-        _study(output, time.monotonic() + 600, name="study", space=space, overrides=overrides, **by)
+        by: dict[str, Any] = {"base": "tiny", "searcher": "grid", "max_concurrent": 1, "storage": str(output)}
+        _study(folder, time.monotonic() + 600, name="study", space=space, overrides=overrides, **by)
 
     def per_trial() -> rounds.Times:
         return {"tasks": rounds.seconds(studied)["tasks"] / per_study}
@@ -240,7 +240,7 @@ def _ended(folder: Path) -> list[Record]:
 
 
 def _config(folder: Path, **values: Any) -> StudyConfig:
-    return StudyConfig(storage=str(folder), tracking={"uri": _uri(folder)}, **values)
+    return StudyConfig(**{"storage": str(folder), "tracking": {"uri": _uri(folder)}, **values})
 
 
 def _study(folder: Path, end: float, **values: Any) -> list[Record] | None:
@@ -250,7 +250,7 @@ def _study(folder: Path, end: float, **values: Any) -> list[Record] | None:
     if not result["is_over"]:
         print(f"study {study.name} is not over: run it again to go on")
         return None
-    return list(Records(str(folder / study.name)))
+    return list(Records(storage.join(study.storage, study.name)))
 
 
 def _tiny(config: TuningBenchConfig) -> tuple[Path, str]:
