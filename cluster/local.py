@@ -2,6 +2,7 @@
 
     python -m cluster.local up [key=value ...]               start it in the background; prints what to source
     python -m cluster.local kill-node N [folder=FOLDER]      end node N as a machine that loses power (0 is the head)
+    python -m cluster.local add-node [folder=FOLDER]         start one more node, as a cluster does that replaces one
     python -m cluster.local drain-node N [folder=FOLDER]     give notice that node N is taken away, as spot markets do
     python -m cluster.local down [folder=FOLDER]             end exactly the processes that `up` started
 
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import processes
@@ -22,7 +24,7 @@ from cluster.s3_server import S3Server, start_s3
 from common import config as configs
 from common.errors import ConfigError, RunError, exit_with
 
-USAGE = "python -m cluster.local up|down|kill-node N|drain-node N [key=value ...]"
+USAGE = "python -m cluster.local up|down|add-node|kill-node N|drain-node N [key=value ...]"
 Part = RayCluster | MlflowServer | S3Server
 
 
@@ -47,8 +49,7 @@ def up(config: LocalConfig) -> Path:
             env.update(started[-1].env)
         started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, detached=True))
         env.update(started[-1].env)
-        state = {type(part).__name__: dataclasses.asdict(part) for part in started}
-        processes.write_private(folder / "state.json", json.dumps(state, indent=2))
+        _write_state(folder, started)
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
         processes.write_private(folder / "env.sh", "".join(lines))
     except BaseException:
@@ -78,6 +79,20 @@ def nodes(config: LocalConfig) -> RayCluster:
     raise RunError(f"no local cluster is up in {config.folder}: python -m cluster.local up folder={config.folder}")
 
 
+def add_node(config: LocalConfig) -> int:
+    """Start one more Ray node; returns its place. Raises RunError."""
+    cluster = nodes(config)
+    place = cluster.add_node(detached=True)
+    folder = Path(config.folder).expanduser().absolute()
+    _write_state(folder, [cluster, *(part for part in _parts(folder) if not isinstance(part, RayCluster))])
+    return place
+
+
+def _write_state(folder: Path, parts: Sequence[Part]) -> None:
+    state = {type(part).__name__: dataclasses.asdict(part) for part in parts}
+    processes.write_private(folder / "state.json", json.dumps(state, indent=2))
+
+
 def _parts(folder: Path) -> list[Part]:
     """What the state file names, Ray first: its jobs write to the servers."""
     path = folder / "state.json"
@@ -105,6 +120,8 @@ def main() -> int:
         servers = ["an S3 server"] * config.s3 + ["an MLflow server"] * config.mlflow
         print(f"up: {', '.join([f'{config.nodes} Ray nodes', *servers])}; to use them:")
         print(f"  source {shlex.quote(str(variables))}")
+    elif command == "add-node":
+        print(f"node {add_node(config)} is there")
     elif command == "kill-node" and place is not None:
         nodes(config).kill_node(place)
         print(f"killed node {place}")

@@ -9,14 +9,16 @@ import signal
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from cluster import processes
 from cluster.spot_notice import drain
 from common.errors import RunError
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
@@ -34,6 +36,7 @@ class RayCluster:
     env: dict[str, str] = field(repr=False)
     mark: str
     temp: str
+    folder: str  # for logs
     nodes: list[str] = field(default_factory=list)  # ids, the head first
 
     def alive(self) -> list[str]:
@@ -47,8 +50,31 @@ class RayCluster:
             RunError: there is no such node, or no longer.
         """
         raylet = self._raylet(place)
-        for pid in (*_children(raylet, self.mark), raylet):
+        children = [pid for pid in processes.alive(self.mark) if processes.parent(pid) == raylet]
+        for pid in (*children, raylet):
             os.kill(pid, signal.SIGKILL)
+
+    def add_node(self, detached: bool = False) -> int:
+        """Start one more node, like the others; returns its place. Raises RunError."""
+        start = processes.parent(self._raylet(0))
+        cpus = next(word for word in processes.command(start) if word.startswith("--num-cpus="))
+        env = processes.environment(start)  # of the head: storage's credentials need not lie in a file for this
+        options = [f"--address={self.address}", "--num-gpus=0", cpus]
+        return _patiently(lambda: self._start_node(options, env, detached))
+
+    def _start_node(self, options: Sequence[str], env: Mapping[str, str], detached: bool) -> int:
+        """`ray start` with these options; returns the node's place once the cluster has it. Raises RunError."""
+        place = len(self.nodes)
+        output = Path(self.folder) / f"ray-{place}.log"
+        argv = _ray_start([*options, f"--temp-dir={Path(self.temp) / str(place)}"])
+        child = processes.start(argv, env, self.mark, output, detached)
+
+        def new() -> set[str]:
+            return set(self.alive()) - set(self.nodes)
+
+        processes.wait_for(lambda: bool(new()), child, f"Ray node {place}", output, START_TIMEOUT_S)
+        self.nodes.extend(new())
+        return place
 
     def drain_node(self, place: int, deadline_s: int = 110) -> None:
         """Tell the cluster that a node is taken away in `deadline_s`, as a spot notice does. Raises RunError."""
@@ -87,12 +113,16 @@ def start_ray(
     Raises:
         RunError: a node did not start.
     """
+    return _patiently(lambda: _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached))
+
+
+def _patiently(start: Callable[[], T]) -> T:
     for _ in range(ATTEMPTS - 1):
         try:
-            return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
+            return start()
         except RunError as error:
             log.warning("%s; starting Ray once more", error)
-    return _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached)
+    return start()
 
 
 def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[str, str], detached: bool) -> RayCluster:
@@ -119,21 +149,11 @@ def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[st
     head = ["--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     head.append(f"--ray-client-server-port={client}")
     variables = {**auth, "RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard_url}
-    cluster = RayCluster(address, dashboard_url, variables, secrets.token_hex(16), str(temp))
+    cluster = RayCluster(address, dashboard_url, variables, secrets.token_hex(16), str(temp), str(folder))
     try:
         for number in range(num_nodes):
             options = head if number == 0 else [f"--address={address}", "--num-gpus=0"]
-            argv = _ray_start([*options, f"--num-cpus={cpus_per_node}", f"--temp-dir={temp / str(number)}"])
-            output = folder / f"ray-{number}.log"
-            child = processes.start(argv, node_env, cluster.mark, output, detached)
-            processes.wait_for(
-                lambda count=number + 1: len(cluster.alive()) == count,  # type: ignore[misc]
-                child,
-                f"Ray node {number}",
-                output,
-                START_TIMEOUT_S,
-            )
-            cluster.nodes.extend(set(cluster.alive()) - set(cluster.nodes))
+            cluster._start_node([*options, f"--num-cpus={cpus_per_node}"], node_env, detached)
     except BaseException:
         cluster.stop()
         raise
@@ -149,16 +169,6 @@ def _ray_start(options: Sequence[str]) -> list[str]:
         *(f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}"),
         *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--log-color=false"),
     ]
-
-
-def _children(parent: int, mark: str) -> list[int]:
-    def parent_of(pid: int) -> int:
-        try:
-            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # ended meanwhile
-            return 0
-
-    return [pid for pid in processes.alive(mark) if parent_of(pid) == parent]
 
 
 def _alive_nodes(dashboard_url: str, token: Path) -> list[str]:

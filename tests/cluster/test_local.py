@@ -129,6 +129,11 @@ def test_up_and_down_by_command_line(tmp_path: Path) -> None:
         deadline = time.monotonic() + 120
         while used()[0] != b"1":  # an idle node that is drained leaves by itself
             assert time.monotonic() < deadline, "the other nodes are still thought alive"
+        added = entry.run("cluster.local", "add-node", f"folder={folder}")
+        assert added.code == 0 and "node 3 is there" in added.out, added.err
+        assert used() == [b"2", b"2.0", b"0"]
+        killed = entry.run("cluster.local", "kill-node", "3", f"folder={folder}")
+        assert killed.code == 0, killed.err
     finally:
         down = entry.run("cluster.local", "down", f"folder={folder}")
     assert down.code == 0, down.err
