@@ -22,6 +22,13 @@ COMMANDS: dict[str, tuple[type[Settings], Path, tuple[str, ...]]] = {
     "retrieval.index": (retrieval.config.IndexConfig, retrieval.config.PRESETS / "index", ("embeddings", "output")),
     "tuning.study": (tuning.config.StudyConfig, tuning.config.STUDIES, ("storage", "tracking.uri")),
 }
+# The configuration of these is that of a run, which lies in its folder; they travel as they are.
+OF_A_RUN: dict[str, tuple[type[Settings], tuple[str, ...]]] = {
+    "training.evaluate": (training.config.EvaluateConfig, ("report", "recall", "questions", "labels")),
+    "training.caption": (training.config.CaptionRun, ("captions.output",)),
+}
+# Of these only the words are looked at: files, folders and URLs.
+OF_URLS = ("training.export", "training.import_official", "datasets_prep.index", "datasets_prep.verify")
 
 
 class LocalConfig(Settings):
