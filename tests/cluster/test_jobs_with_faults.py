@@ -7,6 +7,7 @@ may look at holds one.
 import base64
 import json
 import os
+import re
 import secrets
 import shlex
 import stat
@@ -109,8 +110,8 @@ def run(site: Site, dataset: str) -> str:
         "workers.start_timeout_s": 60,
     }
     command = ("training.train", "tiny", *(f"{key}={value}" for key, value in settings.items()))
-    text = site.submit("training", *command, task="ray::RayTrainWorker", when=lambda: has(RUN, "/checkpoint_"))
-    assert "steps done after it are lost" in text
+    text = site.submit("training", *command, task="ray::RayTrainWorker", when=lambda: has(RUN, "/state.pt", 2))
+    assert re.search(r"going on at step [1-9]\d*; \d+ steps done after it are lost", text)
     return RUN
 
 
@@ -146,7 +147,7 @@ def test_a_study_loses_a_node(site: Site, dataset: str) -> None:
         "trials=2",
     )
     command = ("tuning.study", "tiny", *settings)
-    site.submit("study", *command, task="ray::RayTrainWorker", when=lambda: has(STUDY, "/checkpoint_"))
+    site.submit("study", *command, task="ray::RayTrainWorker", when=lambda: has(STUDY, "/state.pt"))
     result = json.loads(storage.read(f"{STUDY}/study.json"))
     assert result["is_over"] and [trial["status"] for trial in result["trials"]] == ["finished"] * 2
 
