@@ -37,6 +37,9 @@ class LocalConfig(Settings):
     folder: str = Field("runs/local", description="folder for logs, credentials, state and the S3 server's data")
     nodes: PositiveInt = Field(1, description="Ray nodes, the head among them")
     cpus_per_node: PositiveInt = Field(2, description="logical CPUs of each Ray node")
+    namespaces: bool = Field(
+        False, description="each node in a network namespace with an IP address of its own; needs root and iproute2"
+    )
     s3: bool = Field(True, description="also start an S3 server")
     mlflow: bool = Field(True, description="also start an MLflow server; its address is MLFLOW_TRACKING_URI")
     buckets: list[str] = Field(["datasets", "runs"], description="buckets of the S3 server", min_length=1)

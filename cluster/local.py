@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import processes
+from cluster import network, processes
 from cluster.config import LocalConfig
 from cluster.mlflow_server import MlflowServer, start_mlflow
-from cluster.ray_nodes import RayCluster, start_ray
+from cluster.ray_nodes import LOCALHOST, RayCluster, start_ray
 from cluster.s3_server import S3Server, start_s3
 from common import config as configs
 from common.errors import ConfigError, RunError, exit_with
@@ -40,14 +40,16 @@ def up(config: LocalConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     started: list[Part] = []
     env: dict[str, str] = {}
+    name = network.create() if config.namespaces else ""
+    ip = network.host(name) if name else LOCALHOST
     try:
         if config.s3:
-            started.append(start_s3(folder / "s3", config.buckets, detached=True))
+            started.append(start_s3(folder / "s3", config.buckets, True, ip))
             env.update(started[-1].env)
         if config.mlflow:
-            started.append(start_mlflow(folder / "mlflow", detached=True))
+            started.append(start_mlflow(folder / "mlflow", True, ip))
             env.update(started[-1].env)
-        started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, detached=True))
+        started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, True, name))
         env.update(started[-1].env)
         _write_state(folder, started)
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
@@ -55,6 +57,7 @@ def up(config: LocalConfig) -> Path:
     except BaseException:
         for part in started:
             part.stop()
+        network.remove(name)
         raise
     return folder / "env.sh"
 
@@ -66,6 +69,8 @@ def down(config: LocalConfig) -> int:
     for part in _parts(folder):
         count += len(processes.alive(part.mark))
         part.stop()
+        if isinstance(part, RayCluster):
+            network.remove(part.network)
     for name in ("state.json", "env.sh"):
         (folder / name).unlink(missing_ok=True)
     return count

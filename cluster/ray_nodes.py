@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from cluster import processes
+from cluster import network, processes
 from cluster.spot_notice import drain
 from common.errors import RunError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+LOCALHOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
 # Ray gives a node's agent 15 s to start, a constant in its code; on a busy machine that is too short now and then.
 ATTEMPTS = 3
@@ -37,6 +38,7 @@ class RayCluster:
     mark: str
     temp: str
     folder: str  # for logs
+    network: str = ""  # "": all nodes are at 127.0.0.1
     nodes: list[str] = field(default_factory=list)  # ids, the head first
 
     def alive(self) -> list[str]:
@@ -66,7 +68,10 @@ class RayCluster:
         """`ray start` with these options; returns the node's place once the cluster has it. Raises RunError."""
         place = len(self.nodes)
         output = Path(self.folder) / f"ray-{place}.log"
-        argv = _ray_start([*options, f"--temp-dir={Path(self.temp) / str(place)}"])
+        address = network.add(self.network, place) if self.network else LOCALHOST
+        argv = _ray_start([*options, f"--temp-dir={Path(self.temp) / str(place)}"], address)
+        if self.network:
+            argv = [*network.inside(self.network, place), *argv]
         child = processes.start(argv, env, self.mark, output, detached)
 
         def new() -> set[str]:
@@ -101,6 +106,7 @@ def start_ray(
     cpus_per_node: int = 2,
     env: Mapping[str, str] | None = None,
     detached: bool = False,
+    network_name: str = "",
 ) -> RayCluster:
     """Start a head and `num_nodes - 1` more Ray nodes with token authentication; returns once all are alive.
 
@@ -109,11 +115,13 @@ def start_ray(
         cpus_per_node: logical CPUs of each node. GPUs, if there are any, belong to the head.
         env: variables for all processes of the nodes, jobs included (this is how AWS_* reach a job).
         detached: it outlives this process.
+        network_name: of `cluster.network`, where each node has an address of its own; "" = all are at 127.0.0.1.
 
     Raises:
         RunError: a node did not start.
     """
-    return _patiently(lambda: _start_ray(folder.absolute(), num_nodes, cpus_per_node, env or {}, detached))
+    arguments = (folder.absolute(), num_nodes, cpus_per_node, env or {}, detached, network_name)
+    return _patiently(lambda: _start_ray(*arguments))
 
 
 def _patiently(start: Callable[[], T]) -> T:
@@ -125,13 +133,16 @@ def _patiently(start: Callable[[], T]) -> T:
     return start()
 
 
-def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[str, str], detached: bool) -> RayCluster:
+def _start_ray(
+    folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[str, str], detached: bool, network_name: str
+) -> RayCluster:
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / "ray_token"
     if not token.exists():
         processes.write_private(token, secrets.token_hex(32))
     gcs, dashboard, client = processes.free_ports(3)
-    address, dashboard_url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+    ip = network.add(network_name, 0) if network_name else LOCALHOST
+    address, dashboard_url = f"{ip}:{gcs}", f"http://{ip}:{dashboard}"
     temp = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets below it: a path has at most 107 bytes
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     node_env = {
@@ -146,10 +157,12 @@ def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[st
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    head = ["--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    if network_name:  # gloo and NCCL would take what the host's name stands for, which is 127.0.0.1
+        node_env |= {"GLOO_SOCKET_IFNAME": network.INTERFACE, "NCCL_SOCKET_IFNAME": network.INTERFACE}
+    head = ["--head", f"--port={gcs}", f"--dashboard-host={ip}", f"--dashboard-port={dashboard}"]
     head.append(f"--ray-client-server-port={client}")
     variables = {**auth, "RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": dashboard_url}
-    cluster = RayCluster(address, dashboard_url, variables, secrets.token_hex(16), str(temp), str(folder))
+    cluster = RayCluster(address, dashboard_url, variables, secrets.token_hex(16), str(temp), str(folder), network_name)
     try:
         for number in range(num_nodes):
             options = head if number == 0 else [f"--address={address}", "--num-gpus=0"]
@@ -160,11 +173,11 @@ def _start_ray(folder: Path, num_nodes: int, cpus_per_node: int, env: Mapping[st
     return cluster
 
 
-def _ray_start(options: Sequence[str]) -> list[str]:
+def _ray_start(options: Sequence[str], address: str) -> list[str]:
     agent, agent_grpc, runtime_env, metrics = processes.free_ports(4)
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options),
-        *("--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"),  # 0: the kernel's choice
+        *(f"--node-ip-address={address}", "--min-worker-port=0", "--max-worker-port=0"),  # 0: the kernel's choice
         *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
         *(f"--runtime-env-agent-port={runtime_env}", f"--metrics-export-port={metrics}"),
         *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--log-color=false"),

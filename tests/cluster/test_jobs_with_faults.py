@@ -1,5 +1,6 @@
 """The four jobs by cluster.submit on a local cluster of three nodes, each of which loses a node: all SUCCEED.
 
+The nodes are in network namespaces, with an IP address each, where this machine permits that.
 The jobs use secrets that were planted in the environment of the nodes and servers. Afterwards nothing that a stranger
 may look at holds one.
 """
@@ -20,9 +21,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from cluster import local, processes
+from cluster import local, network, processes
 from cluster.config import LocalConfig
 from common import shards, storage
+from common.errors import RunError
 from tests.conftest import REPOSITORY
 from tests.faults import kill_node, wait_until
 
@@ -33,11 +35,20 @@ PRIVATE = ("state.json", "env.sh", "ray/ray_token", "s3/s3.json")  # where `clus
 PACE = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # Ray's own poll at a pace for tests
 
 
+def can_have_namespaces() -> bool:
+    try:
+        network.remove(network.create())
+    except RunError:
+        return False
+    return True
+
+
 class Site:
     """A local cluster, and the jobs that are run on it."""
 
     def __init__(self, folder: Path, planted: dict[str, str]) -> None:
-        self.folder, self.config = folder, LocalConfig(folder=str(folder), nodes=3, cpus_per_node=1)
+        self.folder = folder
+        self.config = LocalConfig(folder=str(folder), nodes=3, cpus_per_node=1, namespaces=can_have_namespaces())
         variables = local.up(self.config).read_text()
         self.env = dict(word.split("=", 1) for word in shlex.split(variables) if "=" in word)
         self.planted = {**planted, "AWS_SECRET_ACCESS_KEY": self.env["AWS_SECRET_ACCESS_KEY"]}
@@ -61,6 +72,13 @@ class Site:
         text = path.read_text()
         assert text.rstrip().endswith("SUCCEEDED"), text[-3000:]
         return text
+
+    def ask(self, path: str) -> bytes:
+        """What the dashboard answers to who has the token."""
+        request = urllib.request.Request(f"{self.env['RAY_API_SERVER_ADDRESS']}/{path}")
+        request.add_header("Authorization", f"Bearer {self.planted['the token']}")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return bytes(answer.read())
 
     def see_commands(self) -> None:
         marks = [part["mark"] for part in json.loads((self.folder / "state.json").read_text()).values()]
@@ -177,6 +195,14 @@ def test_no_secret_is_seen(site: Site) -> None:
         assert any(value in path.read_bytes() for value in wanted)  # what is searched for is what is used
 
 
+def test_each_node_has_an_address(site: Site) -> None:
+    if not site.config.namespaces:
+        pytest.skip("network namespaces need root and iproute2")
+    nodes = json.loads(site.ask("nodes?view=summary"))["data"]["summary"]
+    addresses = [node["raylet"]["nodeManagerAddress"] for node in nodes]
+    assert len(addresses) >= 3 and len(set(addresses)) == len(addresses) and "127.0.0.1" not in addresses
+
+
 def everything(site: Site) -> Iterator[tuple[str, bytes]]:
     """What others may see: commands of processes, the dashboard, storage, and files, MLflow's among them."""
     yield "commands of processes", "\n".join(site.commands).encode()
@@ -185,10 +211,7 @@ def everything(site: Site) -> Iterator[tuple[str, bytes]]:
         "logical/actors",
         *(f"api/v0/{what}?detail=1" for what in ("actors", "tasks", "workers")),
     ):
-        request = urllib.request.Request(f"{site.env['RAY_API_SERVER_ADDRESS']}/{path}")
-        request.add_header("Authorization", f"Bearer {site.planted['the token']}")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            yield path, answer.read()
+        yield path, site.ask(path)
     for url in ("s3://datasets", "s3://runs"):
         for entry in storage.list_files(url):
             yield entry.url, storage.read(entry.url)

@@ -148,6 +148,9 @@ def test_wrong_commands_are_refused(tmp_path: Path) -> None:
     entry.assert_refused(entry.run("cluster.local", "kill-node", "1", f"folder={tmp_path}"), "no local cluster is up")
     entry.assert_refused(entry.run("cluster.local", "up", "node=2", f"folder={tmp_path}"), "node", "nodes")
     assert entry.run("cluster.local", "--help").code == 0
+    without_ip = {"PATH": str(tmp_path)}
+    up = entry.run("cluster.local", "up", "namespaces=true", f"folder={tmp_path}", env=without_ip)
+    entry.assert_refused(up, "namespaces=true needs root and iproute2")
 
 
 def _without(*prefixes: str) -> dict[str, str]:
