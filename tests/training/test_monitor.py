@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -22,8 +23,11 @@ def scraped(nodes: RayCluster, run: str) -> dict[str, float]:
     (found,) = json.loads((Path(nodes.temp) / "0" / "prom_metrics_service_discovery.json").read_text())
     values: dict[str, float] = {}
     for target in found["targets"]:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except urllib.error.URLError:  # Ray names its autoscaler too, whether there is one or not
+            continue
         for name, labels, value in re.findall(r"^ray_training_(\w+){(.*)} (\S+)$", text, re.MULTILINE):
             if f'run="{run}"' in labels:
                 values[name] = values.get(name, 0.0) + float(value)
