@@ -38,7 +38,7 @@ class RayCluster:
     mark: str
     temp: str
     folder: str  # for logs
-    network: str = ""  # "": all nodes are at 127.0.0.1
+    network: str = ""  # "": all nodes are at this machine's address
     nodes: list[str] = field(default_factory=list)  # ids, the head first
 
     def alive(self) -> list[str]:
@@ -115,7 +115,7 @@ def start_ray(
         cpus_per_node: logical CPUs of each node. GPUs, if there are any, belong to the head.
         env: variables for all processes of the nodes, jobs included (this is how AWS_* reach a job).
         detached: it outlives this process.
-        network_name: of `cluster.network`, where each node has an address of its own; "" = all are at 127.0.0.1.
+        network_name: of `cluster.network`, where each node has an address of its own; "" = all have this machine's.
 
     Raises:
         RunError: a node did not start.

@@ -157,12 +157,19 @@ def _without(*prefixes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
-def test_ray_wants_the_token(ray_local: RayCluster) -> None:
+def test_ray_wants_the_token(ray_local: RayCluster, tmp_path: Path) -> None:
+    """The job server, and the ports between nodes: those listen on all interfaces."""
     token = Path(ray_local.env["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{ray_local.dashboard_url}/api/jobs/", timeout=10)
     assert refused.value.code == 401
+    processes.write_private(tmp_path / "token", "0" * 64)
+    stranger = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import ray; ray.init()"], env=stranger, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "token" in done.stderr.lower().splitlines()[-1], done.stderr[-2000:]
 
 
 def test_ray_workers_get_credentials_by_environment_and_one_thread(ray_local: RayCluster, s3: str) -> None:
