@@ -141,7 +141,8 @@ def result(base: TrainConfig, name: str, seed: int, values: Mapping[str, Any]) -
     weights.save_best(run, model, config.optim.steps, scores)
     storage.publish_bytes(json.dumps(scores, indent=2).encode(), storage.join(run, "result.json"))
     cpu_s = time.process_time() - began
-    log.info("%s, seed %d: R@1 %.1f, order %.3f (%.0f s of CPU)", name, seed, scores["r1"], scores["order"], cpu_s)
+    told = ", ".join(f"{title} {scores[key]:{form}}" for key, (title, form) in METRICS.items() if key in scores)
+    log.info("%s, seed %d: %s (%.0f s of CPU)", name, seed, told, cpu_s)
     return scores
 
 

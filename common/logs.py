@@ -112,7 +112,7 @@ class _Line:
             is_over = ended.wait(BAR_EVERY_S)
             # A line that goes on in the terminal's next can't be drawn over.
             most, text = shutil.get_terminal_size().columns - 1, str(self)
-            width = min(30, max(10, most - 3 - len(text)))
+            width = min(30, max(5, most - 3 - len(text)))
             bar = "#" * round(width * self.done / self.total)
             sys.stderr.write(new_line() + f"[{bar:<{width}}] {text}"[:most] + ("\n" if is_over else ""))
             sys.stderr.flush()

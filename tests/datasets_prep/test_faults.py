@@ -155,3 +155,24 @@ def test_a_killed_node(nodes: RayCluster, arguments: list[str], undisturbed: dic
     kill_node(nodes, "ray::write_shard")
     assert "again in" in finish(driver, tmp_path / "log")
     assert objects(output) == undisturbed
+
+
+def test_tasks_lie_on_all_nodes(tmp_path: Path) -> None:
+    """Each node has room for them all, so Ray's default would fill the first. Seen to fail without SPREAD."""
+    cluster = start_ray(RAY_FOLDER / "wide", num_nodes=3, cpus_per_node=8)
+    program = (
+        "import ray, time\n"
+        "from datasets_prep import tasks\n"
+        "def node():\n"
+        "    time.sleep(2)\n"
+        "    return ray.get_runtime_context().get_node_id()\n"
+        "print('nodes:', len(set(tasks.run(node, list('abc'), lambda _: (), workers=3))))\n"
+    )
+    try:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(
+            command, env={**os.environ, **cluster.env}, cwd=REPOSITORY, capture_output=True, text=True
+        )
+    finally:
+        cluster.stop()
+    assert "nodes: 3" in done.stdout, done.stderr

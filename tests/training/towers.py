@@ -91,3 +91,22 @@ def write(name: str, folder: Path, **changes: Any) -> str:
     path = folder / f"micro_{name}.json"
     path.write_text(json.dumps({**TOWERS[name], **changes}))
     return str(path)
+
+
+# Methods on them, by the name that tests give them.
+VOP = {"name": "vop", "prompt_init_std": 0.5, "max_tokens": 12, "freeze_backbone": False}
+IMAGE_VOP = {**VOP, "max_tokens": 77, "text_prompts": 0}
+METHODS: dict[str, dict] = {
+    "mean_pool": {"name": "mean_pool"},
+    "seq_transf": {"name": "seq_transf", "temporal": {"layers": 2}},
+    "prompt_switch": {"name": "prompt_switch", "num_prompts": 2, "captioner": {"layers": 1}},
+    "vop": VOP,
+    "vop^f+p": {**IMAGE_VOP, "joint_layers": 2, "specific": "position"},
+    "vop^c": {**IMAGE_VOP, "specific": "context"},
+    "token_shift": {"name": "token_shift"},
+    "token_shift, patches": {"name": "token_shift", "shift": "patches", "div": 7},
+    "clip_vip": {"name": "clip_vip", "proxy_init_std": 0.5},
+    "xpool": {"name": "mean_pool", "scorer": {"name": "xpool"}},
+    "xclip": {"name": "seq_transf", "temporal": {"layers": 1}, "scorer": {"name": "xclip"}},
+    "ts2net": {"name": "ts2net", "temporal": {"layers": 1}, "samples": 8, "scorer": {"name": "ts2net"}},
+}

@@ -69,15 +69,21 @@ class TextConditioned(nn.Module):
         return self.scorer.key(video)
 
     def score(self, query_TQD: Tensor, key_VKD: Tensor) -> Tensor:
-        """Scores TV; without gradient some texts at a time, where the scorer is."""
+        """Scores TV; without gradient some pairs at a time, where the scorer is."""
         if torch.is_grad_enabled():
             scores_TV: Tensor = self.scorer(query_TQD, key_VKD)
             return scores_TV
         device = self.clip.logit_scale.device
-        cached_VKD = self.scorer.cached(key_VKD.to(device))
-        size = max(1, SCORER_VALUES // (len(cached_VKD) * self.scorer.values_per_pair(query_TQD, cached_VKD)))
-        parts = [self.scorer.pairs(part.to(device), cached_VKD).to(query_TQD.device) for part in query_TQD.split(size)]
-        return torch.cat(parts)
+        values = self.scorer.values_per_pair(query_TQD, self.scorer.cached(key_VKD[:1].to(device)))
+        num_videos = max(1, SCORER_VALUES // values)
+        num_texts = max(1, num_videos // len(key_VKD))
+
+        def scored(key_BKD: Tensor) -> Tensor:
+            cached_BKD = self.scorer.cached(key_BKD.to(device))
+            parts = query_TQD.split(num_texts)
+            return torch.cat([self.scorer.pairs(part.to(device), cached_BKD).to(query_TQD.device) for part in parts])
+
+        return torch.cat([scored(key_BKD) for key_BKD in key_VKD.split(num_videos)], dim=1)
 
     def compile_towers(self) -> None:
         self.towers.compile_towers()
