@@ -36,7 +36,8 @@ def start_mlflow(folder: Path, detached: bool = False, ip: str = "127.0.0.1") ->
     ]
     url = f"http://{ip}:{port}"
     server = MlflowServer(url, {"MLFLOW_TRACKING_URI": url}, secrets.token_hex(16))
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Its jobs are for the judging of language models: seven more processes, 1.6 GB in all.
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     try:
         child = processes.start(argv, env, server.mark, folder / "mlflow.log", detached)
         processes.wait_for(

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def scraped(nodes: RayCluster, run: str) -> dict[str, float]:
         try:
             with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
                 text = answer.read().decode()
-        except urllib.error.URLError:  # Ray names its autoscaler too, whether there is one or not
+        except OSError:  # Ray names its autoscaler too, whether there is one or not
             continue
         for name, labels, value in re.findall(r"^ray_training_(\w+){(.*)} (\S+)$", text, re.MULTILINE):
             if f'run="{run}"' in labels:
