@@ -238,7 +238,9 @@ def test_a_job_is_listed_and_resumed_with_the_code_as_it_is_now(
 def test_a_server_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen to fail without the second question: a driver's network is not the job's."""
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
-    answers = iter([OSError("connection refused"), RuntimeError("502"), "SUCCEEDED"])
+    # A server that is away is named with what happens to hold a 404: seen to fail where that alone is looked for.
+    away = OSError("Max retries exceeded with url: /api/jobs/train-20261128-040404: <HTTPConnection at 0x7f404>")
+    answers = iter([away, RuntimeError("502"), "SUCCEEDED"])
 
     def question() -> str:
         answer = next(answers)
