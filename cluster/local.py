@@ -40,8 +40,8 @@ def up(config: LocalConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     started: list[Part] = []
     env: dict[str, str] = {}
-    name = network.create() if config.namespaces else ""
-    ip = network.host(name) if name else LOCALHOST
+    bridge = network.create() if config.namespaces else ""
+    ip = network.host(bridge) if bridge else LOCALHOST
     try:
         if config.s3:
             started.append(start_s3(folder / "s3", config.buckets, True, ip))
@@ -49,7 +49,7 @@ def up(config: LocalConfig) -> Path:
         if config.mlflow:
             started.append(start_mlflow(folder / "mlflow", True, ip))
             env.update(started[-1].env)
-        started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, True, name))
+        started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, True, bridge))
         env.update(started[-1].env)
         _write_state(folder, started)
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
@@ -57,7 +57,7 @@ def up(config: LocalConfig) -> Path:
     except BaseException:
         for part in started:
             part.stop()
-        network.remove(name)
+        network.remove(bridge)
         raise
     return folder / "env.sh"
 
