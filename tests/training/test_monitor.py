@@ -52,7 +52,7 @@ def test_prometheus_sees_a_run(ray_local: RayCluster, tiny: TrainConfig, tmp_pat
             values = scraped(ray_local, run_url(config))
             return values if values.get("shards_cached_total") == count else {}
 
-        values = wait_until(seen, 120)
+        values = wait_until(seen, 400)
     finally:
         driver.kill()
         driver.wait()
