@@ -185,7 +185,10 @@ def raylet_with_a_worker(nodes: RayCluster, run: Run) -> int:
 
 
 def test_a_worker_that_hangs(nodes: RayCluster, tmp_path: Path) -> None:
-    """The other rank's collective ends after `timeout_s`, and Ray gives up the one that does not answer it."""
+    """The other rank's collective ends after `timeout_s`, and Ray gives up the one that does not answer it.
+
+    Seen to wait for ever where both are left at their own defaults.
+    """
     run = Run(nodes, tmp_path, **{"workers.timeout_s": 20})
     driver = run.start()
     run.wait_for_step(30)
@@ -276,6 +279,7 @@ def test_storage_that_answers_badly(run: Run, proxy: Proxy) -> None:
 
 
 def test_a_full_disk_in_the_cache_is_one_sentence(nodes: RayCluster, tmp_path: Path) -> None:
+    """Seen to fail where the second refusal of the disk is not told as the cache's."""
     (tmp_path / "cache").mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(tmp_path / "cache")], capture_output=True

@@ -220,7 +220,7 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
 
 
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):
-    """At once: no other start would find it whole (test_failures.py).
+    """At once: no other start would find it whole (test_failures.py). Seen to start four times where that is not said.
 
     Read by a loader's own process, as the presets do: neither torch's nor Ray's traceback is shown.
     """
