@@ -52,10 +52,10 @@ def test_prometheus_sees_a_run(ray_local: RayCluster, tiny: TrainConfig, tmp_pat
             values = scraped(ray_local, run_url(config))
             return values if values.get("shards_cached_total") == count else {}
 
-        values = wait_until(seen, 120)
+        values = wait_until(seen, 400)
     finally:
         driver.kill()
         driver.wait()
-    assert values.keys() == {*GAUGES, "shards_cached_total"}
+    assert values.keys() >= {*GAUGES, "shards_cached_total"}
     assert 0 < values["loss"] < 100 and 0 <= values["data_wait"] <= 1 and values["cores_needed"] > 0
     assert abs(values["samples_per_s"] * values["step_s"] / config.optim.batch_size - 1) < 1e-6
