@@ -75,7 +75,7 @@ def asked(question: Callable[[], T], job: str) -> T:
             return question()
         except (RuntimeError, OSError) as error:
             reason = first_line(error)
-            if "does not exist" in str(error) or "404" in str(error):
+            if "status code 404" in str(error):  # not "404" alone: addresses and times hold that too
                 raise RunError(f"there is no job {job}: see python -m cluster.submit list") from None
             if time.monotonic() > deadline:
                 raise RunError(

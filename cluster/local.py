@@ -2,6 +2,7 @@
 
     python -m cluster.local up [key=value ...]               start it in the background; prints what to source
     python -m cluster.local kill-node N [folder=FOLDER]      end node N as a machine that loses power (0 is the head)
+    python -m cluster.local add-node [folder=FOLDER]         start one more node, as a cluster does that replaces one
     python -m cluster.local drain-node N [folder=FOLDER]     give notice that node N is taken away, as spot markets do
     python -m cluster.local down [folder=FOLDER]             end exactly the processes that `up` started
 
@@ -12,17 +13,18 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import processes
+from cluster import network, processes
 from cluster.config import LocalConfig
 from cluster.mlflow_server import MlflowServer, start_mlflow
-from cluster.ray_nodes import RayCluster, start_ray
+from cluster.ray_nodes import LOCALHOST, RayCluster, start_ray
 from cluster.s3_server import S3Server, start_s3
 from common import config as configs
 from common.errors import ConfigError, RunError, exit_with
 
-USAGE = "python -m cluster.local up|down|kill-node N|drain-node N [key=value ...]"
+USAGE = "python -m cluster.local up|down|add-node|kill-node N|drain-node N [key=value ...]"
 Part = RayCluster | MlflowServer | S3Server
 
 
@@ -38,22 +40,24 @@ def up(config: LocalConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     started: list[Part] = []
     env: dict[str, str] = {}
+    bridge = network.create() if config.namespaces else ""
+    ip = network.host(bridge) if bridge else LOCALHOST
     try:
         if config.s3:
-            started.append(start_s3(folder / "s3", config.buckets, detached=True))
+            started.append(start_s3(folder / "s3", config.buckets, True, ip))
             env.update(started[-1].env)
         if config.mlflow:
-            started.append(start_mlflow(folder / "mlflow", detached=True))
+            started.append(start_mlflow(folder / "mlflow", True, ip))
             env.update(started[-1].env)
-        started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, detached=True))
+        started.append(start_ray(folder / "ray", config.nodes, config.cpus_per_node, env, True, bridge))
         env.update(started[-1].env)
-        state = {type(part).__name__: dataclasses.asdict(part) for part in started}
-        processes.write_private(folder / "state.json", json.dumps(state, indent=2))
+        _write_state(folder, started)
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in env.items()]
         processes.write_private(folder / "env.sh", "".join(lines))
     except BaseException:
         for part in started:
             part.stop()
+        network.remove(bridge)
         raise
     return folder / "env.sh"
 
@@ -65,6 +69,8 @@ def down(config: LocalConfig) -> int:
     for part in _parts(folder):
         count += len(processes.alive(part.mark))
         part.stop()
+        if isinstance(part, RayCluster):
+            network.remove(part.network)
     for name in ("state.json", "env.sh"):
         (folder / name).unlink(missing_ok=True)
     return count
@@ -76,6 +82,20 @@ def nodes(config: LocalConfig) -> RayCluster:
         if isinstance(part, RayCluster):
             return part
     raise RunError(f"no local cluster is up in {config.folder}: python -m cluster.local up folder={config.folder}")
+
+
+def add_node(config: LocalConfig) -> int:
+    """Start one more Ray node; returns its place. Raises RunError."""
+    cluster = nodes(config)
+    place = cluster.add_node(detached=True)
+    folder = Path(config.folder).expanduser().absolute()
+    _write_state(folder, [cluster, *(part for part in _parts(folder) if not isinstance(part, RayCluster))])
+    return place
+
+
+def _write_state(folder: Path, parts: Sequence[Part]) -> None:
+    state = {type(part).__name__: dataclasses.asdict(part) for part in parts}
+    processes.write_private(folder / "state.json", json.dumps(state, indent=2))
 
 
 def _parts(folder: Path) -> list[Part]:
@@ -105,6 +125,8 @@ def main() -> int:
         servers = ["an S3 server"] * config.s3 + ["an MLflow server"] * config.mlflow
         print(f"up: {', '.join([f'{config.nodes} Ray nodes', *servers])}; to use them:")
         print(f"  source {shlex.quote(str(variables))}")
+    elif command == "add-node":
+        print(f"node {add_node(config)} is there")
     elif command == "kill-node" and place is not None:
         nodes(config).kill_node(place)
         print(f"killed node {place}")

@@ -1,5 +1,5 @@
-"""An MLflow server with its data in a folder, on a free port of 127.0.0.1. It asks for no password: only here, and only
-for whoever is logged in on this machine."""
+"""An MLflow server with its data in a folder, on a free port of this machine. It asks for no password: it is only for
+whoever is logged in here."""
 
 import os
 import secrets
@@ -25,18 +25,19 @@ class MlflowServer:
         processes.end(self.mark, grace_s=5)
 
 
-def start_mlflow(folder: Path, detached: bool = False) -> MlflowServer:
+def start_mlflow(folder: Path, detached: bool = False, ip: str = "127.0.0.1") -> MlflowServer:
     """Start MLflow with sqlite and artifacts in `folder`; returns once it answers. Raises RunError if it does not."""
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     (port,) = processes.free_ports(1)
     argv = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *(sys.executable, "-m", "mlflow", "server", "--host", ip, "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "files")),
     ]
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{ip}:{port}"
     server = MlflowServer(url, {"MLFLOW_TRACKING_URI": url}, secrets.token_hex(16))
-    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Its jobs are for the judging of language models: seven more processes, 1.6 GB in all.
+    env = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     try:
         child = processes.start(argv, env, server.mark, folder / "mlflow.log", detached)
         processes.wait_for(

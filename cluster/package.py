@@ -1,6 +1,7 @@
 """What a submitted job takes along: the git-tracked files, files named beside them, and its checked configuration."""
 
 import difflib
+import logging
 import os
 import re
 import shutil
@@ -9,14 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.config import COMMANDS
+from cluster.config import COMMANDS, OF_A_RUN, OF_URLS
 from common import config as configs
 from common.config import Settings
-from common.errors import ConfigError
+from common.errors import ConfigError, NotFoundError, StorageError
 from training.config import PRESETS as TRAINING_PRESETS
+from training.config import run_lines
 from tuning.config import StudyConfig
 from tuning.space import resolve
 
+log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).parents[1]
 FROZEN = "job.yaml"  # the resolved configuration, at the top of what travels
 MAX_BYTES = 512 * 2**20  # Ray's own limit of a working_dir
@@ -54,8 +57,12 @@ def check(words: Sequence[str], tracked: Sequence[str]) -> Command:
             f"there is no module {module!r} among the git-tracked files"
             + (f", did you mean {close[0]!r}?" if close else ": git add it, or correct its name")
         )
+    if module in OF_A_RUN or module in OF_URLS:
+        _check_words(module, arguments)
     if module not in COMMANDS:
         return plain
+    if FROZEN in tracked:
+        raise ConfigError(f"{FROZEN} at the top of the repository is the name of what is submitted: rename that file")
     if not arguments:
         raise ConfigError(f"no preset given: python -m {module} PRESET [key.path=value ...]")
     schema, presets, paths = COMMANDS[module]
@@ -65,6 +72,28 @@ def check(words: Sequence[str], tracked: Sequence[str]) -> Command:
         _check_travels(config.base, tracked)
     configs.refuse_relative(config, *paths)
     return Command(tuple(words), config)
+
+
+def _check_words(module: str, arguments: Sequence[str]) -> None:
+    """Refuse relative paths, and keys that the configuration of the run does not have."""
+    given = [word.removeprefix("output=") for word in arguments]
+    for word in given:
+        if "=" not in word and not word.startswith("-") and "://" not in word and not Path(word).is_absolute():
+            raise ConfigError(f"{word} is relative, but a job runs in a temporary folder: give a full path or a URL")
+    if module not in OF_A_RUN:
+        return
+    schema, paths = OF_A_RUN[module]
+    for line in run_lines(arguments):
+        if not line or line[0].startswith("-"):
+            raise ConfigError(f"no run given: python -m {module} RUN [key.path=value ...]")
+        try:
+            config = configs.load(schema, line[0], line[1:])
+        except NotFoundError:
+            raise
+        except StorageError as error:  # the nodes may have a role that this machine has not
+            log.warning("not checked here: %s", error)
+            continue
+        configs.refuse_relative(config, *paths)
 
 
 def _check_travels(base: str, tracked: Sequence[str]) -> None:

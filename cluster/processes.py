@@ -63,6 +63,20 @@ def command(pid: int) -> list[str]:
         return []
 
 
+def environment(pid: int) -> dict[str, str]:
+    """The variables a process was started with. Raises OSError once it has ended."""
+    found = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes()).split("\0")
+    return dict(variable.split("=", 1) for variable in found if "=" in variable)
+
+
+def parent(pid: int) -> int:
+    """The pid of a process's parent; 0 once it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 def end(mark: str, grace_s: float = 0.0) -> None:
     """End every process that carries `mark`: SIGTERM, then after `grace_s` SIGKILL, until none is left.
 

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS, one process) on free ports of 127.0.0.1.
+"""A real S3 server (SeaweedFS, one process) on free ports of this machine.
 
 The S3 port asks for credentials; the inner ports do not: whoever is logged in on this machine can reach them.
 """
@@ -35,11 +35,12 @@ class S3Server:
                 socket.unlink(missing_ok=True)
 
 
-def start_s3(folder: Path, buckets: Sequence[str], detached: bool = False) -> S3Server:
+def start_s3(folder: Path, buckets: Sequence[str], detached: bool = False, ip: str = "127.0.0.1") -> S3Server:
     """Start SeaweedFS with its data in `folder`; returns once it answers and the buckets are there.
 
     Args:
         detached: it outlives this process.
+        ip: the address to listen on.
 
     Raises:
         RunError: it is not installed, or did not start.
@@ -54,14 +55,14 @@ def start_s3(folder: Path, buckets: Sequence[str], detached: bool = False) -> S3
     ports = processes.free_ports(5)
     s3, master, volume, filer, admin = ports
     argv = [
-        *(weed, f"-logdir={folder}", "mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+        *(weed, f"-logdir={folder}", "mini", f"-dir={folder / 'data'}", f"-ip={ip}", f"-ip.bind={ip}"),
         *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
         *(f"-admin.port={admin}", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         *("-master.telemetry=false", "-volume.preStopSeconds=0", "-s3.localSocket=s3.sock"),
         "-s3.autoCreateBucket=false",  # a bucket that does not exist stays an error, as on AWS
         *(f"-s3.config={folder / 's3.json'}", f"-bucket={','.join(buckets)}"),
     ]
-    url = f"http://127.0.0.1:{s3}"
+    url = f"http://{ip}:{s3}"
     env = {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": key,
@@ -72,7 +73,7 @@ def start_s3(folder: Path, buckets: Sequence[str], detached: bool = False) -> S3
     server = S3Server(url, env, secrets.token_hex(16), all_ports)
     log = folder / "s3.log"
     # The buckets are made after the server answers; only the filer tells a stranger whether one is there.
-    probes = [f"{url}/healthz", *(f"http://127.0.0.1:{filer}/buckets/{bucket}/" for bucket in buckets)]
+    probes = [f"{url}/healthz", *(f"http://{ip}:{filer}/buckets/{bucket}/" for bucket in buckets)]
     try:
         child = processes.start(argv, dict(os.environ), server.mark, log, detached)
         processes.wait_for(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from common import counts
 from common.errors import NoSpaceError, NotFoundError, StorageError
 
 T = TypeVar("T")
@@ -30,5 +31,6 @@ def again(act: Callable[[], T]) -> T:
             raise
         except StorageError as error:
             log.warning("%s; again in %.0f s", error, wait_s(failures))
+            counts.so_far["retries"] += 1
             time.sleep(wait_s(failures))
     return act()

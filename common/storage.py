@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from common import counts
 from common.errors import AlreadyExistsError, NoBucketError, NoSpaceError, NotFoundError, StorageError
 
 MULTIPART_BYTES = 64 << 20
@@ -72,8 +73,10 @@ def _body(url: str, **span: str) -> bytes:
 
     bucket, key = _split(url)
     for _ in range(MAX_ATTEMPTS - 1):
-        with contextlib.suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+        try:
             return bytes(_client().get_object(Bucket=bucket, Key=key, **span)["Body"].read())
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            counts.so_far["s3_errors"] += 1
     return bytes(_client().get_object(Bucket=bucket, Key=key, **span)["Body"].read())
 
 
@@ -257,7 +260,15 @@ def _client_for(pid: int, settings: frozenset[tuple[str, str]]) -> Any:
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ("us-east-1" if endpoint else None)
-    return boto3.session.Session().client("s3", config=config, region_name=region)
+    client = boto3.session.Session().client("s3", config=config, region_name=region)
+    client.meta.events.register("needs-retry.s3", _count_error)
+    return client
+
+
+def _count_error(response: Any, caught_exception: Exception | None, **_: Any) -> None:
+    """boto3 asks after every attempt, also those that it repeats in silence."""
+    if caught_exception is not None or response[0].status_code in (429, *range(500, 600)):
+        counts.so_far["s3_errors"] += 1
 
 
 def _put(path: Path, url: str, if_none_match: bool) -> None:

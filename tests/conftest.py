@@ -60,7 +60,9 @@ def ray_local(s3_server: S3Server) -> Iterator[RayCluster]:
 
     It does not connect this process: a test that is a driver calls `ray.init(ignore_reinit_error=True)`.
     """
-    cluster = start_ray(RAY_FOLDER, num_nodes=1, cpus_per_node=4, env=s3_server.env)
+    # Metrics at a pace for tests.
+    env = {**s3_server.env, "RAY_metrics_report_interval_ms": "1000"}
+    cluster = start_ray(RAY_FOLDER, num_nodes=1, cpus_per_node=4, env=env)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.env.items():
             patch.setenv(name, value)

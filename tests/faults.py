@@ -44,28 +44,22 @@ def kill(mark: str, *words: str) -> list[list[str]]:
     return list(found.values())
 
 
-def kill_node(nodes: RayCluster, place: int, task: str) -> None:
-    """SIGKILL a node while a worker of it runs `task`, and that worker with it: a machine takes all that it runs."""
-    (raylet,) = commands(nodes.mark, "raylet/raylet", f"{nodes.temp}/{place}/")
+def kill_node(nodes: RayCluster, task: str) -> int:
+    """SIGKILL a node other than the head while a worker of it runs `task`, and that with it; the node's place."""
 
-    def busy() -> list[int]:
-        return [pid for pid in commands(nodes.mark, task) if parent_of(pid) == raylet]
+    def busy() -> list[tuple[int, int]]:
+        raylets = {
+            pid: place
+            for place in range(1, len(nodes.nodes))
+            for pid in commands(nodes.mark, "raylet/raylet", f"{nodes.temp}/{place}/")
+        }
+        found = [(pid, processes.parent(pid)) for pid in commands(nodes.mark, task)]
+        return [(pid, raylets[parent]) for pid, parent in found if parent in raylets]
 
-    for pid in (*wait_until(busy), raylet):
-        os.kill(pid, signal.SIGKILL)
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def command_of(pid: int) -> tuple[list[str], dict[str, str]]:
-    """How a process was started: its command and its variables."""
-    argv, variables = (
-        [os.fsdecode(part) for part in Path(f"/proc/{pid}/{file}").read_bytes().split(b"\0")[:-1]]
-        for file in ("cmdline", "environ")
-    )
-    return argv, dict(variable.split("=", 1) for variable in variables)
+    pid, place = wait_until(busy)[0]
+    os.kill(pid, signal.SIGKILL)  # first: a task ends soon
+    nodes.kill_node(place)
+    return place
 
 
 def stop_storage(server: S3Server) -> list[str]:

@@ -23,9 +23,9 @@ from training import models
 from training.beam_search import write
 from training.caption_metrics import caption_metrics
 from training.collectives import gather_objects
-from training.config import PRESETS, CaptionRun
+from training.config import PRESETS, CaptionRun, run_lines
 from training.encode import encode_views
-from training.evaluate import arguments, on_workers, split_batches
+from training.evaluate import on_workers, split_batches
 from training.failures import without_traceback
 from training.train import connect
 from training.weights import load_best, run_url, weights_sha256
@@ -88,7 +88,7 @@ def _written(config: CaptionRun) -> list[tuple[Line, list[str]]]:
 
 
 def main() -> int:
-    given = arguments(sys.argv[1:])
+    given = run_lines(sys.argv[1:])
     if len(given) > 1:
         raise ConfigError(f"{len(given)} runs given: captions are written by one at a time")
     config = configs.from_command_line(CaptionRun, PRESETS, "training.caption", given[0])

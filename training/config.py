@@ -1,11 +1,14 @@
 """The configuration of a training run. Light on purpose: no torch, ray or open_clip, so that a client can check it."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from common import storage
 from common.config import Settings
 from training.model_config import ModelConfig
 
@@ -279,3 +282,17 @@ class EvaluateConfig(TrainConfig):
         if not all("{}" in template for template in value):
             raise ValueError("every template needs {} where the name of the class goes")
         return value
+
+
+def run_lines(argv: Sequence[str]) -> list[list[str]]:
+    """Of `RUN [RUN ...] key=value ...` a line per run: its configuration as preset, its folder where it is now."""
+    if not argv or argv[0].startswith("-"):
+        return [list(argv)]
+    runs = [argv[0], *itertools.takewhile(lambda a: "=" not in a and not a.startswith("-"), argv[1:])]
+    lines = []
+    for given in runs:
+        run = storage.absolute(given.removesuffix("/config.yaml").rstrip("/"))
+        folder, _, name = run.rpartition("/")
+        keys = argv[len(runs) :]
+        lines.append([storage.join(run, "config.yaml"), f"run.storage={folder}", f"run.name={name}", *keys])
+    return lines

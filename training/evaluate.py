@@ -6,7 +6,6 @@ RUN is a run's folder (STORAGE/NAME); its config.yaml is the preset, and data.te
 that differ in their seed alone the mean is told too. docs/evaluation.md says what each number means.
 """
 
-import itertools
 import json
 import logging
 import sys
@@ -25,7 +24,7 @@ from common.errors import ConfigError, RunError, exit_with, told
 from common.shards import SplitIndex
 from training import models, report, report_page
 from training.choices import Choices, read_labels, read_questions
-from training.config import PRESETS, EvaluateConfig, TrainConfig
+from training.config import PRESETS, EvaluateConfig, TrainConfig, run_lines
 from training.data import pictures
 from training.data.loader import EvalBatch, check_frames, eval_loader, open_cache
 from training.encode import encode_split, evaluation
@@ -179,22 +178,8 @@ def _differ_in_seed_alone(given: Sequence[EvaluateConfig]) -> bool:
     return len(given) > 1 and len(same) == 1 and len({config.seed for config in given}) == len(given)
 
 
-def arguments(argv: Sequence[str]) -> list[list[str]]:
-    """A command line per run, with RUN as preset, and as the place of the weights wherever it lay when trained."""
-    if not argv or argv[0].startswith("-"):
-        return [list(argv)]
-    runs = [argv[0], *itertools.takewhile(lambda a: "=" not in a and not a.startswith("-"), argv[1:])]
-    lines = []
-    for given in runs:
-        run = storage.absolute(given.removesuffix("/config.yaml").rstrip("/"))
-        folder, _, name = run.rpartition("/")
-        keys = argv[len(runs) :]
-        lines.append([storage.join(run, "config.yaml"), f"run.storage={folder}", f"run.name={name}", *keys])
-    return lines
-
-
 def main() -> int:
-    lines = arguments(sys.argv[1:])
+    lines = run_lines(sys.argv[1:])
     given = [configs.from_command_line(EvaluateConfig, PRESETS, "training.evaluate", line) for line in lines]
     logs.setup()
     connect()

@@ -28,6 +28,7 @@ from training.config import TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
 from training.models.tokenizer import frequent_ids
+from training.monitor import Monitor
 from training.start import load_initial
 from training.step import accumulate
 
@@ -174,6 +175,7 @@ class Meter:
 
     def __init__(self, config: TrainConfig, rank: int, start_step: int, metric_log: Any) -> None:
         self.config, self.rank, self.metric_log = config, rank, metric_log
+        self.monitor = Monitor(weights.run_url(config))
         self.last_step, self.last_time = start_step, time.monotonic()
         self.waited = self.input_cpu_s = 0.0
         if rank == 0 and metric_log is not None:
@@ -206,33 +208,35 @@ class Meter:
 
     def log(self, step: int, parts: dict[str, Tensor], logit_scale: Tensor) -> None:
         """One line on rank 0: global losses, samples/s, waiting, ETA. A collective. Raises RunError on a NaN loss."""
-        names, values = list(parts), sum_over_ranks(torch.stack(list(parts.values()))).tolist()
+        values = sum_over_ranks(torch.stack(list(parts.values()))).tolist()
+        terms = dict(zip(parts, values, strict=True))
         total = sum(values)
         if not total < float("inf"):
-            raise RunError(
-                f"the loss is {total} at step {step} ({dict(zip(names, values, strict=True))}): lower optim.lr"
-            )
+            raise RunError(f"the loss is {total} at step {step} ({terms}): lower optim.lr")
         elapsed = max(time.monotonic() - self.last_time, 1e-9)
         rate = (step - self.last_step) / elapsed
-        wait = min(self.waited / elapsed, 1.0)
-        # What would decode as fast as the step consumes when it never waits.
-        cores = self.input_cpu_s / max(elapsed - self.waited, 1e-9)
-        samples = rate * self.config.optim.batch_size
+        pace = {
+            "loss": total,
+            "samples_per_s": rate * self.config.optim.batch_size,
+            "step_s": 1 / rate,
+            "data_wait": min(self.waited / elapsed, 1.0),
+            # What would decode as fast as the step consumes when it never waits.
+            "cores_needed": self.input_cpu_s / max(elapsed - self.waited, 1e-9),
+        }
         self.last_step, self.last_time = step, time.monotonic()
         self.waited = self.input_cpu_s = 0.0
+        self.monitor.count()
         if self.rank != 0:
             return
-        steps = self.config.optim.steps
-        terms = "  ".join(f"{n} {v:.4f}" for n, v in zip(names, values, strict=True))
-        left = logs.duration((steps - step) / rate)
+        self.monitor.show(pace)
         log.info(
             "step %d/%d  loss %.4f  %s  %.0f samples/s  data wait %.0f%%, needs %.1f cores a rank  %s left",
-            *(step, steps, total, terms, samples, 100 * wait, cores, left),
+            *(step, self.config.optim.steps, total, "  ".join(f"{n} {v:.4f}" for n, v in terms.items())),
+            *(pace["samples_per_s"], 100 * pace["data_wait"], pace["cores_needed"]),
+            logs.duration((self.config.optim.steps - step) / rate),
         )
         if self.metric_log is not None:
-            metrics = {f"train/{n}": v for n, v in zip(names, values, strict=True)}
-            metrics |= {"train/loss": total, "train/samples_per_s": samples, "train/data_wait": wait}
-            metrics["train/cores_needed"] = cores
+            metrics = {f"train/{name}": value for name, value in {**terms, **pace}.items()}
             metrics["train/logit_scale"] = float(logit_scale.detach())
             self.metric_log.log.remote(metrics, step)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster import local, processes, ray_nodes
+from cluster import local, processes
 from cluster.local import RayCluster, S3Server
 from common import storage
 from common.errors import NotFoundError, RunError
@@ -98,9 +98,10 @@ def test_a_node_is_killed_even_if_a_process_of_it_has_just_ended(monkeypatch: py
     """Seen to fail where the one that had ended was an error: its raylet went on."""
     ended, raylet = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "600"])
     ended.wait()
-    monkeypatch.setattr(ray_nodes, "_children", lambda parent, mark: [ended.pid])
+    monkeypatch.setattr(processes, "alive", lambda mark: [ended.pid])
+    monkeypatch.setattr(processes, "parent", lambda pid: raylet.pid)
     monkeypatch.setattr(RayCluster, "_raylet", lambda cluster, place: raylet.pid)
-    RayCluster("", "", {}, "no process's mark", "").kill_node(1)
+    RayCluster("", "", {}, "no process's mark", "", "").kill_node(1)
     assert raylet.wait(10) == -9
 
 
@@ -139,6 +140,11 @@ def test_up_and_down_by_command_line(tmp_path: Path) -> None:
         deadline = time.monotonic() + 120
         while used()[0] != b"1":  # an idle node that is drained leaves by itself
             assert time.monotonic() < deadline, "the other nodes are still thought alive"
+        added = entry.run("cluster.local", "add-node", f"folder={folder}")
+        assert added.code == 0 and "node 3 is there" in added.out, added.err
+        assert used() == [b"2", b"2.0", b"0"]
+        killed = entry.run("cluster.local", "kill-node", "3", f"folder={folder}")
+        assert killed.code == 0, killed.err
     finally:
         down = entry.run("cluster.local", "down", f"folder={folder}")
     assert down.code == 0, down.err
@@ -153,18 +159,28 @@ def test_wrong_commands_are_refused(tmp_path: Path) -> None:
     entry.assert_refused(entry.run("cluster.local", "kill-node", "1", f"folder={tmp_path}"), "no local cluster is up")
     entry.assert_refused(entry.run("cluster.local", "up", "node=2", f"folder={tmp_path}"), "node", "nodes")
     assert entry.run("cluster.local", "--help").code == 0
+    without_ip = {"PATH": str(tmp_path)}
+    up = entry.run("cluster.local", "up", "namespaces=true", f"folder={tmp_path}", env=without_ip)
+    entry.assert_refused(up, "namespaces=true needs root and iproute2")
 
 
 def _without(*prefixes: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
-def test_ray_wants_the_token(ray_local: RayCluster) -> None:
+def test_ray_wants_the_token(ray_local: RayCluster, tmp_path: Path) -> None:
+    """The job server, and the ports between nodes: those listen on all interfaces."""
     token = Path(ray_local.env["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{ray_local.dashboard_url}/api/jobs/", timeout=10)
     assert refused.value.code == 401
+    processes.write_private(tmp_path / "token", "0" * 64)
+    stranger = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import ray; ray.init()"], env=stranger, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "token" in done.stderr.lower().splitlines()[-1], done.stderr[-2000:]
 
 
 def test_ray_workers_get_credentials_by_environment_and_one_thread(ray_local: RayCluster, s3: str) -> None:

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 from cluster import jobs, package, submit
-from cluster.config import COMMANDS
+from cluster.config import COMMANDS, OF_A_RUN, OF_URLS
 from cluster.local import RayCluster
 from common import config as configs
 from common.errors import ConfigError, ProjectError, RunError
 from tests import entry
+from training.config import PRESETS, TrainConfig
 
 TRACKED = ["training/train.py", "training/presets/tiny.yaml", "datasets_prep/build.py", "tuning/study.py"]
+TRACKED += ["training/evaluate.py", "training/caption.py", "training/export.py"]
 TRAIN = ["python", "-m", "training.train", "tiny", "data.dataset=s3://datasets/x", "run.storage=s3://runs"]
 TRAIN.append("tracking.uri=http://mlflow:5000")
 
@@ -56,6 +58,10 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["python", "-m", "tuning.study", "tiny", "base=prompt_switch"], ["preset prompt_switch.yaml", "not tracked"]),
         (["python", "-m", "training.train", "./mine.yaml"], ["mine.yaml"]),
         (["python", "-m", "tuning.study", "tiny", 'space={"optim.lrr": {"choice": [1]}}'], ["optim.lrr"]),
+        (["python", "-m", "training.evaluate", "runs/first", "data.test=test"], ["runs/first is relative"]),
+        (["python", "-m", "training.caption", "/no/such/run"], ["/no/such/run/config.yaml does not exist"]),
+        (["python", "-m", "training.evaluate", "data.test=test"], ["data.test=test", "does not exist"]),
+        (["python", "-m", "training.export", "s3://runs/first", "output=exported"], ["exported is relative"]),
     ],
 )
 def test_a_mistake_is_refused_before_anything_travels(command: Sequence[str], words: Sequence[str]) -> None:
@@ -63,6 +69,40 @@ def test_a_mistake_is_refused_before_anything_travels(command: Sequence[str], wo
         package.check(command, TRACKED)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_the_keys_of_what_takes_a_run_are_checked_by_the_run(tmp_path: Path) -> None:
+    """Each run by its own configuration: the second has no captions."""
+    with_captions = configs.load(TrainConfig, "tiny", [], PRESETS)
+    without = configs.apply(with_captions, {"model.captioner": None, "losses.caption": 0})
+    for name, config in {"first": with_captions, "second": without}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(configs.dump(config))
+    runs = [str(tmp_path / name) for name in ("first", "second")]
+    evaluate = ["python", "-m", "training.evaluate", *runs]
+    assert list(package.check([*evaluate, "eval.views=2"], TRACKED).frozen) == [*evaluate, "eval.views=2"]
+    for command, word in (
+        ([*evaluate, "eval.vews=2"], "eval.views"),
+        ([*evaluate, "report=here"], "report=here is relative"),
+        (["python", "-m", "training.caption", *runs], "run second was trained with model.captioner=null"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            package.check(command, TRACKED)
+
+
+def test_a_run_that_this_machine_may_not_read_is_checked_on_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Seen to fail where that is an error: the nodes have a role, the client often has none."""
+    (tmp_path / "config.yaml").mkdir()  # to read a folder is no better than an answer 403
+    command = ["python", "-m", "training.evaluate", str(tmp_path), "eval.vews=2"]
+    assert list(package.check(command, TRACKED).frozen) == command
+    assert "not checked here" in caplog.text
+
+
+def test_a_tracked_file_is_not_overwritten_by_the_configuration() -> None:
+    with pytest.raises(ConfigError, match=r"job\.yaml at the top of the repository"):
+        package.check(TRAIN, [*TRACKED, "job.yaml"])
 
 
 @pytest.mark.parametrize("words", [["python", "-m", "timeit", "pass"], ["nvidia-smi"]])
@@ -105,6 +145,10 @@ def test_every_command_that_is_checked_exists_and_has_presets() -> None:
         assert (entry.REPOSITORY / f"{module.replace('.', '/')}.py").is_file()
         assert configs.preset_names(presets), module
         assert set(paths) <= set(configs.keys(schema))
+    for module, (schema, paths) in OF_A_RUN.items():
+        assert (entry.REPOSITORY / f"{module.replace('.', '/')}.py").is_file()
+        assert set(paths) <= set(configs.keys(schema))
+    assert all((entry.REPOSITORY / f"{module.replace('.', '/')}.py").is_file() for module in OF_URLS)
 
 
 def test_exactly_the_tracked_files_travel(repository: Path) -> None:
@@ -194,7 +238,9 @@ def test_a_job_is_listed_and_resumed_with_the_code_as_it_is_now(
 def test_a_server_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen to fail without the second question: a driver's network is not the job's."""
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
-    answers = iter([OSError("connection refused"), RuntimeError("502"), "SUCCEEDED"])
+    # A server that is away is named with what happens to hold a 404: seen to fail where that alone is looked for.
+    away = OSError("Max retries exceeded with url: /api/jobs/train-20261128-040404: <HTTPConnection at 0x7f404>")
+    answers = iter([away, RuntimeError("502"), "SUCCEEDED"])
 
     def question() -> str:
         answer = next(answers)

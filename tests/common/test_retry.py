@@ -2,7 +2,7 @@
 
 import pytest
 
-from common import retry
+from common import counts, retry
 from common.errors import NoSpaceError, NotFoundError, StorageError
 
 
@@ -10,6 +10,7 @@ from common.errors import NoSpaceError, NotFoundError, StorageError
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     monkeypatch.setattr(retry.time, "sleep", slept.append)
+    counts.take()
     return slept
 
 
@@ -30,6 +31,7 @@ def test_waits_longer_each_time(waits: list[float]) -> None:
     act = Fails(StorageError("down"), 4)
     assert retry.again(act) == "there"
     assert waits == [5, 10, 20, 40] and act.calls == retry.ATTEMPTS
+    assert counts.take()["retries"] == 4
 
 
 def test_gives_up(waits: list[float]) -> None:

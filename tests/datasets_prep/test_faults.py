@@ -152,7 +152,7 @@ def test_a_killed_node(nodes: RayCluster, arguments: list[str], undisturbed: dic
     output = "s3://faults/node"
     driver = start(nodes, arguments, output, tmp_path / "log")
     wait_for_markers(output, 3)
-    kill_node(nodes, 2, "ray::write_shard")
+    kill_node(nodes, "ray::write_shard")
     assert "again in" in finish(driver, tmp_path / "log")
     assert objects(output) == undisturbed
 

@@ -22,9 +22,9 @@ from tests.entry import assert_refused, run
 from tests.faults import commands, kill, wait_until
 from tests.retrieval.conftest import write_run
 from training import models
-from training.config import PRESETS, EvaluateConfig, TrainConfig
+from training.config import PRESETS, EvaluateConfig, TrainConfig, run_lines
 from training.driver import only_driver
-from training.evaluate import arguments, evaluate_runs
+from training.evaluate import evaluate_runs
 from training.report import shown
 from training.train import connect, main, scaling, train, with_loaders
 from training.weights import best_url, load_run, run_url, save_best
@@ -250,14 +250,14 @@ def test_a_mistake_that_only_workers_see_is_told_once(tiny: TrainConfig, tmp_pat
 
 
 def test_evaluation_takes_the_weights_of_the_folder_it_is_given(tmp_path: Path):
-    given = arguments([f"{tmp_path}/runs/moved/", "s3://runs/a/config.yaml", "data.test=val"])
+    given = run_lines([f"{tmp_path}/runs/moved/", "s3://runs/a/config.yaml", "data.test=val"])
     assert given == [
         [f"{tmp_path}/runs/moved/config.yaml", f"run.storage={tmp_path}/runs", "run.name=moved", "data.test=val"],
         ["s3://runs/a/config.yaml", "run.storage=s3://runs", "run.name=a", "data.test=val"],
     ]
-    assert arguments(["--help"]) == [["--help"]]
+    assert run_lines(["--help"]) == [["--help"]]
     with pytest.raises(NotFoundError, match=r"none/config.yaml does not exist"):
-        configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", arguments([f"{tmp_path}/none"])[0])
+        configs.from_command_line(TrainConfig, PRESETS, "training.evaluate", run_lines([f"{tmp_path}/none"])[0])
 
 
 def test_the_command_line_tells_mistakes_in_one_sentence(shapes: str, s3: str, monkeypatch: pytest.MonkeyPatch):

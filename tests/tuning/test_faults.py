@@ -15,7 +15,7 @@ from cluster.local import RayCluster, S3Server, start_ray
 from common import config as configs
 from common import storage
 from tests.conftest import RAY_FOLDER, REPOSITORY
-from tests.faults import Proxy, commands, kill, parent_of, wait_until
+from tests.faults import Proxy, kill, kill_node, wait_until
 from tuning.config import STUDIES, StudyConfig
 from tuning.records import Record, Records
 from tuning.space import resolve, trial_config
@@ -121,7 +121,7 @@ def test_a_study_survives(nodes: RayCluster, dataset: str, tmp_path: Path) -> No
     driver.wait()
     driver = study.start()
     study.wait_for(3)
-    kill_a_node_with_a_worker(nodes)
+    kill_node(nodes, "ray::RayTrainWorker")
     study.wait_for(4)
     kill(nodes.mark, "ray::ImplicitFunc")
     result = study.finish(driver)
@@ -133,23 +133,6 @@ def test_a_study_survives(nodes: RayCluster, dataset: str, tmp_path: Path) -> No
     assert {n: after[n] for n in before} == before
     check_decisions(study)
     study.check_mlflow(result)
-
-
-def kill_a_node_with_a_worker(nodes: RayCluster) -> None:
-    """SIGKILL a node that is not the first, while a rank of a trial is on it, and all that it runs."""
-
-    def found() -> list[int]:
-        raylets = {
-            pid: command
-            for pid, command in commands(nodes.mark, "raylet/raylet").items()
-            if f"{nodes.temp}/0/" not in " ".join(command)
-        }
-        return [parent_of(pid) for pid in commands(nodes.mark, "ray::RayTrainWorker") if parent_of(pid) in raylets]
-
-    raylet = wait_until(found)[0]
-    children = [pid for pid in commands(nodes.mark, "ray::") if parent_of(pid) == raylet]
-    for pid in (raylet, *children):
-        os.kill(pid, 9)
 
 
 def check_decisions(study: Study) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from common import retry, shards, storage
+from common import counts, retry, shards, storage
 from common.errors import DataError, NoSpaceError, StorageError
 from common.shards import ShardEntry, ShardIndex
 
@@ -57,6 +57,7 @@ class ShardCache:
                     )
                 self._evict(self.limit_bytes - entry.bytes)
                 self._with_room(entry.bytes, lambda: self._download(entry, tar))
+                counts.so_far["shards_cached"] += 1
             os.utime(tar)
         return tar
 

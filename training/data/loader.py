@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import shards
+from common import counts, shards
 from common.errors import ConfigError, DataError, ProjectError
 from common.shards import DatasetIndex, SampleInfo, ShardEntry
 from training import models
@@ -180,7 +180,7 @@ def _loader(
     return _Loader(
         data,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=functools.partial(_with_counts, collate),
         num_workers=num_workers,
         multiprocessing_context=context,
         persistent_workers=num_workers > 0,
@@ -190,11 +190,16 @@ def _loader(
 
 
 class _Loader(DataLoader[Any]):
-    """A DataLoader whose errors are one sentence: torch puts a worker's traceback into the message."""
+    """A DataLoader whose errors are one sentence: torch puts a worker's traceback into the message.
+
+    What its workers counted is counted in the process that reads from it.
+    """
 
     def __iter__(self) -> Any:
         try:
-            yield from super().__iter__()
+            for batch, counted in super().__iter__():
+                counts.so_far.update(counted)
+                yield batch
         except ProjectError as error:
             kind = type(error)
             raise kind(str(error).strip().rpartition(f"{kind.__name__}: ")[2]) from None
@@ -202,6 +207,10 @@ class _Loader(DataLoader[Any]):
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+def _with_counts(collate: Callable[[list[Any]], Any], clips: list[Clip]) -> tuple[Any, dict[str, int]]:
+    return collate(clips), counts.take()
 
 
 def _collate_pairs(clips: list[Clip], model: ModelConfig) -> Batch:
