@@ -7,12 +7,17 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from cluster.local import RayCluster
-from common import shards
+from common import config as configs
+from common import counts, shards
 from common.config import apply, dump
 from tests.entry import REPOSITORY
 from tests.faults import wait_until
-from training.config import TrainConfig
+from tests.retrieval.conftest import SHARD_SIZES, write_dataset
+from training.config import PRESETS, TrainConfig
+from training.data.loader import eval_loader, open_cache
 from training.monitor import GAUGES
 from training.weights import run_url
 
@@ -33,11 +38,21 @@ def scraped(nodes: RayCluster, run: str) -> dict[str, float]:
     return values
 
 
-def test_prometheus_sees_a_run(ray_local: RayCluster, tiny: TrainConfig, tmp_path: Path):
-    """Shards are counted in the processes that decode, each of which belongs to one of two ranks.
+@pytest.mark.parametrize("loader_workers", [0, 1])
+def test_what_decoding_processes_count_is_told_where_they_are_read(tmp_path: Path, loader_workers: int):
+    """Once. Seen to fail where they keep it, and where the reading process does not add it up."""
+    url = str(write_dataset(tmp_path / "data"))
+    config = configs.load(TrainConfig, "tiny", [f"data.dataset={url}", f"data.cache={tmp_path / 'cache'}"], PRESETS)
+    config = apply(config, {"workers.loader_workers": loader_workers, "eval.batch_size": 1})
+    dataset, sha256 = shards.read_dataset(url)
+    counts.take()
+    videos = [batch.videos for batch in eval_loader(config, dataset, open_cache(config, sha256), "test", 0, 1)]
+    assert len(videos) == sum(SHARD_SIZES)
+    assert counts.take() == {"shards_cached": len(SHARD_SIZES)}
 
-    Seen to fail where those keep their counts, and where rank 0 alone counts.
-    """
+
+def test_prometheus_sees_a_run(ray_local: RayCluster, tiny: TrainConfig, tmp_path: Path):
+    """Shards are counted in the processes that decode, each of which belongs to one of two ranks."""
     config = apply(tiny, {"optim.steps": 100_000, "eval.every": 100_000, "workers.loader_workers": 1})
     (tmp_path / "run.yaml").write_text(dump(config))
     index, _ = shards.read_dataset(config.data.dataset)
