@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -54,7 +55,8 @@ class RayCluster:
         raylet = self._raylet(place)
         children = [pid for pid in processes.alive(self.mark) if processes.parent(pid) == raylet]
         for pid in (*children, raylet):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, signal.SIGKILL)
 
     def add_node(self, detached: bool = False) -> int:
         """Start one more node, like the others; returns its place. Raises RunError."""

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, loglog
+from benchmarks import gpu, loglog, tuning
 from benchmarks.input import InputBenchConfig, drawn, summary, timed
 from benchmarks.real_clips import family
 from benchmarks.saved_bytes import saved_bytes
+from common import config as configs
 from common.errors import ConfigError
 from tests.entry import REPOSITORY, run
 from training.data.decode import draws, frame_indices
+from tuning.config import STUDIES, StudyConfig
+from tuning.records import Record, Status
+from tuning.space import resolve
 
 
 def test_emoji_that_differ_in_the_person_only_are_one_family() -> None:
@@ -154,3 +158,67 @@ def test_a_power_of_ten_is_as_wide_as_high_up_as_low_down() -> None:
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(xy)]
     assert steps[0] == pytest.approx(steps[1], abs=0.2) and steps[0][0] > 0 > steps[0][1]
     assert "a &amp; b" in plot and ">0.1<" in plot and ">1,000<" in plot
+
+
+def trial(number: int, *reports: tuple[float, float], status: Status = "finished", every: int = 10) -> Record:
+    """Each report is (time, metric): an evaluation every so many steps and 3 worker seconds."""
+    told = [
+        {"step": every * i, "worker_s": 3.0 * i, "time": time, "mnr": metric, "rsum": metric}
+        for i, (time, metric) in enumerate(reports, start=1)
+    ]
+    return Record(number, {}, "", status=status, reports=told)
+
+
+def test_what_asha_takes_is_told_beside_the_grid() -> None:
+    """By hand. Seen to fail counting only the trial that came there, and reports that came later than it."""
+    grid = [trial(0, (1, 9), (2, 6)), trial(1, (3, 8), (4, 4))]
+    stopped = [
+        trial(0, (1, 9), (5, 4.5)),
+        trial(1, (2, 9), status="stopped"),
+        trial(2, (8, 9), (9, 9), status="stopped"),
+    ]
+    seconds, steps = tuning.told("asha", grid, [stopped], 4.5)
+    # Trial 0's two reports and trial 1's one; trial 2 reports after it.
+    assert seconds.startswith(
+        "asha, shares of the grid's 12 worker seconds: 1.250 in all; 0.750 [0.750, 0.750] until 4.500"
+    )
+    assert (
+        steps.startswith("asha, shares of the grid's 40 steps: 1.250 in all; 0.750 [") and "in 1 of 1 orders" in steps
+    )
+    assert tuning.told("asha", grid, [stopped[1:]], 4.5)[0].endswith("none until 4.500, in 0 of 1 orders")
+
+
+def test_trials_are_replayed_two_at_once() -> None:
+    """Seen to fail with one at a time, and where nothing begins when a trial is stopped."""
+    study = configs.load(StudyConfig, "tiny", ["scheduler=asha", "reduction_factor=2"], STUDIES)
+    base = resolve(study)  # an evaluation every second of four steps
+    grid = [trial(n, (0, n), (0, n), every=2) for n in range(6)]  # the last is the best
+    for order in range(8):
+        whole = tuning.replayed(study, base, grid, order, stops=False)
+        assert sorted(r.number for r in whole) == list(range(6)) and {r.status for r in whole} == {"finished"}
+        assert sorted(report["time"] for r in whole for report in r.reports)[::2] == [3, 6, 9, 12, 15, 18]
+        some = tuning.replayed(study, base, grid, order, stops=True)
+        assert len(some) == 6 and next(r for r in some if r.number == 5).status == "finished"
+        for place, record in enumerate(some):
+            assert len(record.reports) == {"finished": 2, "stopped": 1}[record.status]
+            if place >= 2 and record.number == 0:  # of the first two, each may be the first to report
+                assert record.status == "stopped"
+        ends = [report["time"] for r in some for report in r.reports]
+        assert max(ends) <= 3 * (len(ends) // 2 + 1)
+
+
+@pytest.mark.slow
+def test_tuning_at_toy_size(tmp_path: Path) -> None:
+    """Every mode from nothing, on the tiny dataset that `faults` builds."""
+    place = f"folder={tmp_path}"
+    done = run("benchmarks.tuning", "faults", place, "trials=5", "kills=1", "minutes=4", timeout_s=400)
+    assert done.code == 0, done.out + done.err
+    assert "finished: 5\nstopped: 0\nfailed: 0\nrunning: 0\nnodes killed: 1;" in done.out
+    done = run("benchmarks.tuning", "overhead", place, "rounds=1", timeout_s=300)
+    assert done.code == 0, done.out + done.err
+    assert "study - bare: " in done.out
+    points = ["values=[2]", "rates=[1e-3]", "captions=[0.5,1.0]", "seeds=2", "steps=9", "batch_size=8"]
+    model = [f"dataset={tmp_path / 'tiny'}", "base=tiny", "backbone=tiny"]
+    done = run("benchmarks.tuning", "asha", place, *points, *model, timeout_s=400)
+    assert done.code == 0, done.out + done.err
+    assert "with 3 seeds" in done.out and "asha, shares of the grid's 18 steps: " in done.out

@@ -26,7 +26,7 @@ CSS = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c2430 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem } p.note { color: #5a6675; margin: .2rem 0 }
 table { border-collapse: collapse } td, th { padding: .15rem .9rem .15rem 0; text-align: right; white-space: nowrap }
-td:last-child, th:last-child { text-align: left; white-space: normal }
+td:last-child, th:last-child { text-align: left; white-space: normal } .numbers td, .numbers th { text-align: right }
 """
 
 
@@ -88,7 +88,7 @@ def _costs(study: StudyConfig, base: TrainConfig, records: Records) -> str:
     note = "workers: seconds in the training loop times ranks; by the clock: of the trials, with start-up and waiting"
     saved = f"Stopping early saved {logs.duration(saved_s(study, base, records))} of workers, at each trial's own pace."
     head = "<tr><th>trials<th>count<th>workers<th>by the clock"
-    return f'<table>{head}{cells}</table><p class="note">{note}</p><p>{saved}</p>'
+    return f'<table class="numbers">{head}{cells}</table><p class="note">{note}</p><p>{saved}</p>'
 
 
 def _figures(study: StudyConfig, records: Records) -> Iterator[tuple[str, str, Figure]]:
@@ -98,18 +98,24 @@ def _figures(study: StudyConfig, records: Records) -> Iterator[tuple[str, str, F
         return
     past = _compared(study, records, min(steps))
     curves = draw.plot_intermediate_values(past).update_yaxes(title=f"val {study.metric}")
+    names = {f"Trial{i}": f"{record.name}  {values_of(record)}" for i, record in enumerate(records)}
+    curves.for_each_trace(lambda trace: trace.update(name=names[trace.name]))
+    # A legend of many lines would leave no room for them; a name is then told where the mouse points.
+    legend = {"orientation": "h", "y": -0.25}
+    curves.update_layout(hoverlabel_namelength=-1, legend=legend, showlegend=len(curves.data) <= BEST)
     yield "Learning curves", f"val {study.metric} by step", curves
     if study.cost:
         yield "Metric against cost", "the front is what no other trial beats in both", _pareto(study, records)
-    number = len([t for t in past.trials if t.state == TrialState.COMPLETE])
+    ends = [t.value for t in past.trials if t.state == TrialState.COMPLETE]
+    number = len(ends)
     if number < 2:
         return
     name = f"val {study.metric}"
     at = f"{name} at step {min(steps)}, the last that all these {number} trials reached"
     plots: list[tuple[str, Callable[..., Figure]]] = [("Parallel coordinates", draw.plot_parallel_coordinate)]
     for title, plot in (*plots, ("Slices", draw.plot_slice)):
-        yield title, at, plot(past, target=lambda trial: trial.values[0], target_name=name)
-    if number >= 4:
+        yield title, at, plot(past, target_name=name)
+    if number >= 4 and len(set(ends)) > 1:
         yield "Importance of the keys", f"share in the variance of {at}", draw.plot_param_importances(past)
 
 

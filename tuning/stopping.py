@@ -22,7 +22,7 @@ class _Trial(NamedTuple):
     trial_id: str
 
 
-def is_behind(study: StudyConfig, config: TrainConfig, record: Record, records: Records) -> bool:
+def is_behind(study: StudyConfig, config: TrainConfig, record: Record, records: Records | list[Record]) -> bool:
     """True if the trial should stop after its last report.
 
     Never after its last evaluation: nothing is saved any more, and its test metrics are still to come.

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.analysis import experiment_analysis
 from ray.tune.execution import class_cache
 
 from common import config as configs
@@ -133,6 +134,8 @@ def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
 
     # Tune would copy the driver's AWS keys into each trial's runtime environment, which the dashboard shows.
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    # It misses the files of the loggers that are disabled here.
+    logging.getLogger(experiment_analysis.__name__).setLevel(logging.ERROR)
     os.environ |= {
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the study at once; it goes on like any killed one
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records and MLflow have it all

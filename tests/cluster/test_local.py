@@ -94,6 +94,17 @@ def test_a_child_does_not_outlive_its_parent_unless_detached(tmp_path: Path) -> 
     processes.end("mark-3-detached")
 
 
+def test_a_node_is_killed_even_if_a_process_of_it_has_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen to fail where the one that had ended was an error: its raylet went on."""
+    ended, raylet = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "600"])
+    ended.wait()
+    monkeypatch.setattr(processes, "alive", lambda mark: [ended.pid])
+    monkeypatch.setattr(processes, "parent", lambda pid: raylet.pid)
+    monkeypatch.setattr(RayCluster, "_raylet", lambda cluster, place: raylet.pid)
+    RayCluster("", "", {}, "no process's mark", "", "").kill_node(1)
+    assert raylet.wait(10) == -9
+
+
 @pytest.mark.slow
 def test_up_and_down_by_command_line(tmp_path: Path) -> None:
     folder = tmp_path / "a folder"

@@ -132,6 +132,7 @@ def run(nodes: RayCluster, tmp_path: Path) -> Run:
 
 
 def test_a_killed_driver(run: Run) -> None:
+    """Seen to fail where Ray is not asked for the checkpoints of the drivers before."""
     driver = run.start()
     run.wait_for_step(30)
     driver.kill()

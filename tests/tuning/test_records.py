@@ -86,9 +86,14 @@ def test_the_report_shows_what_there_is_and_opens_offline(tmp_path: Path) -> Non
     page = report.render(settings, base, records)
     titles = ["Pareto front", "Cost", "Learning curves", "Metric against cost", "Parallel coordinates", "Slices"]
     assert re.findall(r"<h2>(.*?)</h2>", page) == [*titles, "Importance of the keys", "Failed trials"]
+    assert '"0001  model.cube_init_std=0.02  losses.caption=0.5"' in page  # a curve's name
     assert "&lt;script&gt;" in page and "<script>(" not in page.split("Failed trials")[1]
     assert not re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["']https?:""", page)
     assert "cdn.plot.ly" not in re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.DOTALL)
+    for one in records:
+        one.reports = one.reports[:1]
+        one.reports[0]["rsum"] = 1.0
+    assert "Importance" not in report.render(settings, base, records)  # no key has a share in no variance
 
 
 def test_curves_that_end_early_are_compared_where_all_were(tmp_path: Path) -> None:
