@@ -170,7 +170,7 @@ def trial(number: int, *reports: tuple[float, float], status: Status = "finished
 
 
 def test_what_asha_takes_is_told_beside_the_grid() -> None:
-    """By hand. Seen to fail counting only the trial that came there, and reports that came later than it."""
+    """By hand. Seen to fail counting only the trial that came there."""
     grid = [trial(0, (1, 9), (2, 6)), trial(1, (3, 8), (4, 4))]
     stopped = [
         trial(0, (1, 9), (5, 4.5)),
@@ -189,7 +189,7 @@ def test_what_asha_takes_is_told_beside_the_grid() -> None:
 
 
 def test_trials_are_replayed_two_at_once() -> None:
-    """Seen to fail with one at a time, and where nothing begins when a trial is stopped."""
+    """Seen to fail where nothing begins when a trial is stopped."""
     study = configs.load(StudyConfig, "tiny", ["scheduler=asha", "reduction_factor=2"], STUDIES)
     base = resolve(study)  # an evaluation every second of four steps
     grid = [trial(n, (0, n), (0, n), every=2) for n in range(6)]  # the last is the best
