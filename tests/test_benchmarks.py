@@ -208,17 +208,13 @@ def test_trials_are_replayed_two_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_tuning_at_toy_size(tmp_path: Path) -> None:
-    """Every mode from nothing, on the tiny dataset that `faults` builds."""
+def test_asha_at_toy_size(tmp_path: Path) -> None:
+    """Mode asha: five short runs and what is told of them."""
     place = f"folder={tmp_path}"
-    done = run("benchmarks.tuning", "faults", place, "trials=5", "kills=1", "minutes=4", timeout_s=400)
-    assert done.code == 0, done.out + done.err
-    assert "finished: 5\nstopped: 0\nfailed: 0\nrunning: 0\nnodes killed: 1;" in done.out
-    done = run("benchmarks.tuning", "overhead", place, "rounds=1", timeout_s=300)
-    assert done.code == 0, done.out + done.err
-    assert "study - bare: " in done.out
-    points = ["values=[2]", "rates=[1e-3]", "captions=[0.5,1.0]", "seeds=2", "steps=9", "batch_size=8"]
+    built = run("datasets_prep.build", "tiny", f"output={tmp_path / 'tiny'}", f"source.videos={tmp_path / 'videos'}")
+    assert built.code == 0, built.err
+    points = ["values=[2]", "rates=[1e-3]", "captions=[0.5,1.0]", "seeds=2", "steps=9", "batch_size=8", "minutes=14"]
     model = [f"dataset={tmp_path / 'tiny'}", "base=tiny", "backbone=tiny"]
-    done = run("benchmarks.tuning", "asha", place, *points, *model, timeout_s=400)
+    done = run("benchmarks.tuning", "asha", place, *points, *model, timeout_s=900)
     assert done.code == 0, done.out + done.err
     assert "with 3 seeds" in done.out and "asha, shares of the grid's 18 steps: " in done.out
