@@ -131,6 +131,7 @@ def test_saved_bytes_are_those_that_graphs_hold() -> None:
     assert saved_bytes(weight, act) == saved_bytes(weight, twice) == 256
 
 
+@pytest.mark.slow
 def test_costs_of_methods_at_toy_size(tmp_path: Path) -> None:
     """By hand, on `tiny`: 64 floats of a video, or keys and values of 6 frames; no room for 3 MB of 1,000 videos."""
     toy = ["backbone=tiny", "frames=6", "sizes=[50,100,1000]", "max_gib=0.0005", "rounds=2", f"folder={tmp_path}"]

@@ -51,6 +51,7 @@ def test_what_decoding_processes_count_is_told_where_they_are_read(tmp_path: Pat
     assert counts.take() == {"shards_cached": len(SHARD_SIZES)}
 
 
+@pytest.mark.slow
 def test_prometheus_sees_a_run(ray_local: RayCluster, tiny: TrainConfig, tmp_path: Path):
     """Shards are counted in the processes that decode, each of which belongs to one of two ranks."""
     config = apply(tiny, {"optim.steps": 100_000, "eval.every": 100_000, "workers.loader_workers": 1})
