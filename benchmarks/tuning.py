@@ -84,7 +84,6 @@ def asha(config: TuningBenchConfig) -> None:
         "optim.steps": config.steps,
         "optim.batch_size": config.batch_size,
         "eval.every": max(1, config.steps // 9),
-        "tracking.log_every": 1000,
     }
     by: dict[str, Any] = {"base": config.base, "metric": METRIC, "mode": "min"}
     grid = _study(folder, end, name="grid", searcher="grid", space=space, overrides=overrides, **by)
