@@ -188,7 +188,7 @@ def raylet_with_a_worker(nodes: RayCluster, run: Run) -> int:
 def test_a_worker_that_hangs(nodes: RayCluster, tmp_path: Path) -> None:
     """The other rank's collective ends after `timeout_s`, and Ray gives up the one that does not answer it.
 
-    Seen to wait for ever where both are left at their own defaults.
+    Seen to fail, still waiting after 400 s, where both are out of reach.
     """
     run = Run(nodes, tmp_path, **{"workers.timeout_s": 20})
     driver = run.start()
