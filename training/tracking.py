@@ -36,53 +36,70 @@ def is_local(uri: str) -> bool:
 
 
 def find_or_create(config: TrainConfig, run: str, dataset_sha256: str, parent: str | None) -> str | None:
-    """The id of the MLflow run that belongs to the run folder, created at its first start. None in an outage."""
+    """The id of the MLflow run that belongs to the run folder, created at its first start. None in an outage.
+
+    A key that the folder keeps is written before the run is created and is a tag of it, so a driver that is killed in
+    between does not leave a run behind that nobody finds again.
+    """
     uri = absolute_uri(config.tracking.uri)
+    url = storage.join(run, RECORD)
+    record = {"uri": uri, "key": os.urandom(8).hex(), "run_id": None}
     try:
-        record = json.loads(storage.read(storage.join(run, RECORD)))
-        if record["uri"] == uri:
-            return str(record["run_id"])
-        log.warning("this run was tracked at %s before; it goes on at %s", record["uri"], uri)
+        there = json.loads(storage.read(url))
+        if there["uri"] == uri:
+            record |= there
+        else:
+            log.warning("this run was tracked at %s before; it goes on at %s", there["uri"], uri)
     except NotFoundError:
         pass
+    if record["run_id"] is not None:
+        return str(record["run_id"])
+    storage.publish_bytes(json.dumps(record).encode(), url)
+    tags = {"run": run, "run_key": record["key"], "dataset": config.data.dataset, "dataset_sha256": dataset_sha256}
+    if parent:
+        tags["mlflow.parentRunId"] = parent
     try:
-        run_id = _create(config, uri, run, dataset_sha256, parent)
+        record["run_id"] = _find_or_create(config, uri, tags)
     except Exception as error:  # MLflow raises whatever its store, HTTP client or database raises
         log.warning("MLflow at %s can't be reached, this run is not tracked: %s", uri, str(error).splitlines()[0])
         return None
-    storage.publish_bytes(json.dumps({"uri": uri, "run_id": run_id}).encode(), storage.join(run, RECORD))
-    return run_id
+    storage.publish_bytes(json.dumps(record).encode(), url)
+    return str(record["run_id"])
 
 
-def _create(config: TrainConfig, uri: str, run: str, dataset_sha256: str, parent: str | None) -> str:
+def _find_or_create(config: TrainConfig, uri: str, tags: dict[str, str]) -> str:
     from mlflow.entities import Param
 
     client = _client(uri)
-    name = config.tracking.experiment
+    experiment_id = _experiment(config, client, uri)
+    found = client.search_runs([experiment_id], f"tags.run_key = '{tags['run_key']}'")
+    run = found[0] if found else client.create_run(experiment_id, run_name=config.run.name, tags=tags)
+    values = _flat(config.model_dump(mode="json"))
+    params = [Param(key, value) for key, value in values.items() if key not in run.data.params]
+    for start in range(0, len(params), 100):  # MLflow's limit per call
+        client.log_batch(run.info.run_id, params=params[start : start + 100])
+    client.log_text(run.info.run_id, configs.dump(config), "config.yaml")
+    return str(run.info.run_id)
+
+
+def _experiment(config: TrainConfig, client: Any, uri: str) -> str:
+    name, artifacts = config.tracking.experiment, config.tracking.artifacts
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
-        experiment_id = experiment.experiment_id
-    else:
-        artifacts = config.tracking.artifacts
-        if artifacts is None and is_local(uri):
-            artifacts = str(Path(uri.removeprefix("sqlite:///")).parent / "mlruns")
-        experiment_id = client.create_experiment(name, artifact_location=artifacts and storage.absolute(artifacts))
-    tags = {"run": run, "dataset": config.data.dataset, "dataset_sha256": dataset_sha256}
-    if parent:
-        tags["mlflow.parentRunId"] = parent
-    run_id = client.create_run(experiment_id, run_name=config.run.name, tags=tags).info.run_id
-    params = [Param(key, value) for key, value in _flat(config.model_dump(mode="json")).items()]
-    for start in range(0, len(params), 100):  # MLflow's limit per call
-        client.log_batch(run_id, params=params[start : start + 100])
-    client.log_text(run_id, configs.dump(config), "config.yaml")
-    return str(run_id)
+        return str(experiment.experiment_id)
+    if artifacts is None and is_local(uri):
+        artifacts = str(Path(uri.removeprefix("sqlite:///")).parent / "mlruns")
+    return str(client.create_experiment(name, artifact_location=artifacts and storage.absolute(artifacts)))
 
 
 def finish(config: TrainConfig, run_id: str, tags: dict[str, str], failed: bool = False) -> None:
-    """Set final tags (the checkpoint's URL) and the run's status. An outage is a warning."""
+    """Set final tags (the checkpoint's URL) and, unless it is there, the run's status. An outage is a warning."""
     set_tags(config, run_id, tags)
+    status = "FAILED" if failed else "FINISHED"
     try:
-        _client(absolute_uri(config.tracking.uri)).set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        client = _client(absolute_uri(config.tracking.uri))
+        if client.get_run(run_id).info.status != status:
+            client.set_terminated(run_id, status)
     except Exception as error:
         log.warning("MLflow was not told that the run ended: %s", str(error).splitlines()[0])
 
@@ -135,17 +152,18 @@ class MetricLog:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self.client, self.run_id = _client(uri), run_id
-        self.last_step: dict[str, int] = {}
+        self.logged: dict[str, set[int]] = {}
         self.reached: int | None = None
-        self.waiting: list[tuple[str, float, int, int]] = []
+        self.waiting: dict[tuple[str, int], tuple[float, int]] = {}  # name and step → value and time
         self.warn = RateLimited(logging.getLogger(__name__))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        self.waiting += [(name, value, now, step) for name, value in metrics.items()]
+        for name, value in metrics.items():
+            self.waiting.setdefault((name, step), (value, now))
         if len(self.waiting) > MAX_WAITING:
             self.warn.warning(f"MLflow is out for too long: the oldest of more than {MAX_WAITING} values are dropped")
-            self.waiting = self.waiting[-MAX_WAITING:]
+            self.waiting = dict(list(self.waiting.items())[-MAX_WAITING:])
         self.flush()
 
     def reach(self, step: int) -> None:
@@ -159,7 +177,7 @@ class MetricLog:
         """
         if self.reached is None:
             try:
-                self.reached = self._last("train/loss")
+                self.reached = max(self._steps("train/loss"), default=0)
             except Exception as error:
                 self.warn.warning(f"MLflow does not tell the last step: {str(error).splitlines()[0]}")
         return max((self.reached or 0) - step, 0)
@@ -169,23 +187,28 @@ class MetricLog:
         from mlflow.entities import Metric
 
         try:
-            new = [row for row in self.waiting if row[3] > self._last(row[0])]
-            for start in range(0, len(new), 1000):  # MLflow's limit per call
-                rows = [Metric(*row) for row in new[start : start + 1000]]
+            waiting = [key for key in self.waiting if key[1] not in self._steps(key[0])]
+            self.waiting = {key: self.waiting[key] for key in waiting}
+            for start in range(0, len(waiting), 1000):  # MLflow's limit per call
+                part = waiting[start : start + 1000]
+                rows = [Metric(name, *self.waiting[name, step], step) for name, step in part]
                 self.client.log_batch(self.run_id, metrics=rows)
-            for name, _, _, step in new:
-                self.last_step[name] = max(step, self.last_step[name])
-            self.waiting = []
+                for name, step in part:
+                    self._steps(name).add(step)
+                    del self.waiting[name, step]
         except Exception as error:
             self.warn.warning(f"MLflow is out, {len(self.waiting)} values wait: {str(error).splitlines()[0]}")
         return len(self.waiting)
 
-    def _last(self, name: str) -> int:
-        """The last step logged under a name, also by an earlier start of this run."""
-        if name not in self.last_step:
+    def _steps(self, name: str) -> set[int]:
+        """The steps logged under a name, also by an earlier start of this run.
+
+        All of them, not the last one: Ray sends the call that a killed actor held again after those behind it.
+        """
+        if name not in self.logged:
             history = self.client.get_metric_history(self.run_id, name)
-            self.last_step[name] = max((metric.step for metric in history), default=-1)
-        return self.last_step[name]
+            self.logged[name] = {metric.step for metric in history}
+        return self.logged[name]
 
 
 def _client(uri: str) -> Any:

@@ -29,8 +29,13 @@ def trial_ended(study: StudyConfig, base: TrainConfig, record: Record) -> None:
 def study_ended(
     study: StudyConfig, base: TrainConfig, parent: str | None, records: Records, best: list[Record], is_over: bool
 ) -> None:
-    """Tag the best trials, or those of the Pareto front, as such, and end the study's run."""
+    """Tag the best trials, or those of the Pareto front, as such, and end the study's run.
+
+    What became of a trial is told once more: the study may have been killed between the trial's record and its tags.
+    """
     for record in records:
+        if record.status != "running":
+            trial_ended(study, base, record)
         run_id = _run_id(record)
         if run_id is not None:
             tracking.set_tags(base, run_id, {"best": json.dumps(record in best)})
@@ -47,6 +52,7 @@ def study_ended(
 
 def _run_id(record: Record) -> str | None:
     try:
-        return str(json.loads(storage.read(storage.join(record.run, tracking.RECORD)))["run_id"])
+        run_id: str | None = json.loads(storage.read(storage.join(record.run, tracking.RECORD)))["run_id"]
+        return run_id  # None: MLflow was out
     except NotFoundError:
-        return None  # it failed before it had one, or MLflow was out
+        return None  # it failed before it had one

@@ -1,5 +1,6 @@
 """Metrics in a real MLflow store: each step once, also after an outage or a restart."""
 
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ from typing import Any
 import mlflow
 import pytest
 
+from common import config as configs
 from common import storage
 from common.errors import DataError, StorageError
 from training import tracking
 from training.checkpoint import _read, _upload, _within
+from training.config import PRESETS, TrainConfig
 
 MetricLog: Any = tracking.MetricLog.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # without its actor
 
@@ -57,6 +60,42 @@ def test_a_restart_logs_no_step_twice_and_tells_what_was_lost(client: mlflow.Mlf
     after.log({"train/loss": 9.0}, 2)
     after.log({"train/loss": 0.0}, 4)
     assert losses(client, run_id) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.0)]
+
+
+def test_calls_out_of_order_lose_no_step(client: mlflow.MlflowClient, run_id: str, tmp_path: Path):
+    """Ray sends the call that a killed actor held after those behind it. Seen to fail where only the last step counts."""
+    metric_log = MetricLog(f"sqlite:///{tmp_path / 'mlflow.db'}", run_id)
+    for step in (1, 3, 2):
+        metric_log.log({"train/loss": 4.0 - step}, step)
+    assert sorted(losses(client, run_id)) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_a_step_repeated_in_an_outage_is_logged_once(
+    client: mlflow.MlflowClient, run_id: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Seen to fail where what waits is a list."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    metric_log = MetricLog("http://127.0.0.1:9", run_id)
+    metric_log.log({"train/loss": 2.0}, 1)
+    metric_log.log({"train/loss": 1.0}, 1)
+    metric_log.client = client
+    assert metric_log.flush() == 0
+    assert losses(client, run_id) == [(1, 2.0)]
+
+
+def test_a_driver_killed_while_it_creates_its_run_finds_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between MLflow's run and the folder's record of it. Seen to fail where no key is written before."""
+    config = configs.load(TrainConfig, "tiny", [f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}"], PRESETS)
+    client, folder = mlflow.MlflowClient(config.tracking.uri), str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", lambda *args, **kwargs: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            tracking.find_or_create(config, folder, "0" * 64, None)
+    run_id = tracking.find_or_create(config, folder, "0" * 64, None)
+    assert [run.info.run_id for run in client.search_runs(["1"])] == [run_id]
+    assert client.get_run(run_id).data.params["seed"] == "0"
+    assert tracking.find_or_create(config, folder, "0" * 64, None) == run_id
+    assert tracking.find_or_create(config, folder + "-again", "0" * 64, None) != run_id
 
 
 def test_an_upload_that_hangs_is_given_up():
