@@ -43,7 +43,7 @@ def find_or_create(config: TrainConfig, run: str, dataset_sha256: str, parent: s
     """
     uri = absolute_uri(config.tracking.uri)
     url = storage.join(run, RECORD)
-    record = {"uri": uri, "key": os.urandom(8).hex(), "run_id": None}
+    record: dict[str, Any] = {"uri": uri, "key": os.urandom(8).hex(), "run_id": None}
     try:
         there = json.loads(storage.read(url))
         if there["uri"] == uri:

@@ -63,7 +63,7 @@ def test_a_restart_logs_no_step_twice_and_tells_what_was_lost(client: mlflow.Mlf
 
 
 def test_calls_out_of_order_lose_no_step(client: mlflow.MlflowClient, run_id: str, tmp_path: Path):
-    """Ray sends the call that a killed actor held after those behind it. Seen to fail where only the last step counts."""
+    """Ray sends a killed actor's call after those behind it. Seen to fail where only the last step counts."""
     metric_log = MetricLog(f"sqlite:///{tmp_path / 'mlflow.db'}", run_id)
     for step in (1, 3, 2):
         metric_log.log({"train/loss": 4.0 - step}, step)

@@ -107,7 +107,7 @@ class Study:
             run = children[f"{trial['number']:04d}"]
             assert run.data.tags["status"] == trial["status"]
             steps = [m.step for m in self.client.get_metric_history(run.info.run_id, "val/rsum")]
-            assert steps == sorted(set(steps)) and {r["step"] for r in trial["reports"]} <= set(steps)
+            assert sorted(steps) == sorted(set(steps)) and {r["step"] for r in trial["reports"]} <= set(steps)
 
 
 def test_a_study_survives(nodes: RayCluster, dataset: str, tmp_path: Path) -> None:

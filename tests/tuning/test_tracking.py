@@ -11,7 +11,7 @@ from tuning import tracking
 
 
 def test_a_trial_whose_end_was_not_told_is_told_later(tmp_path: Path) -> None:
-    """The study was killed between the trial's record and its tags. Seen to fail where only `best` is set at the end."""
+    """The study was killed between a trial's record and its tags. Seen to fail where the end sets only `best`."""
     settings, base = study(f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}")
     client, records = MlflowClient(base.tracking.uri), no_records(tmp_path)
     parent = find_or_create(base, str(tmp_path), "0" * 64, None)
