@@ -262,7 +262,7 @@ def main() -> int:
             print(f"{part}: no round yet")
             return 0
     print("\n".join([*search_table(found["search"], config), "", *method_table(found)]))
-    lines = {k: {v: s for v, (s, _) in query_seconds(found["search"], k, config).items()} for k in kinds}
+    lines = {kind: query_seconds(found["search"], kind, config) for kind in kinds}
     (folder / "retrieval_cost.svg").write_text(loglog.svg(lines, "videos", "CPU seconds a query"))
     return 0
 

@@ -71,7 +71,9 @@ class OptimConfig(Settings):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of the backbone")
     lr_new: PositiveFloat = Field(3e-5, description="peak learning rate of what is not CLIP (prompts, heads, ...)")
     weight_decay: float = Field(0.2, ge=0, description="AdamW's decay of matrices; gains and biases are not decayed")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.98), description="AdamW's betas")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="AdamW's betas (CLIP4Clip and what follows its code: 0.9 and 0.98)"
+    )
     eps: PositiveFloat = Field(1e-6, description="AdamW's epsilon (official code: 1e-6; a random model needs 1e-8)")
     warmup: Fraction = Field(0.1, description="fraction of the steps with linear warm-up, then cosine to 0")
     grad_clip: PositiveFloat = Field(1.0, description="largest norm of the gradient")
@@ -192,6 +194,10 @@ class TrainConfig(Settings):
         scorer = self.model.scorer
         if scorer and self.losses.frame_contrastive:
             raise ValueError("losses.frame_contrastive has no meaning under model.scorer: set it to 0")
+        if self.losses.frame_contrastive and self.model.name == "clip_vip":
+            raise ValueError("losses.frame_contrastive has no meaning for clip_vip, a clip of one vector: set it to 0")
+        if scorer and getattr(self.model, "text_suffix", 0):  # the scorer reads the end token, the towers behind it
+            raise ValueError("model.text_suffix has no meaning under model.scorer: set it to 0")
         if scorer and scorer.counts_frames and self.eval.views > 1:
             raise ValueError(
                 f"eval.views={self.eval.views} of model.num_frames={self.model.num_frames} are more frames than the "

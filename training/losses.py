@@ -17,7 +17,7 @@ from training.models.captioner import counted_positions
 from training.models.two_tower import Outputs
 from training.ranking import Score, cosines
 
-# The official code's list, with the start and end tokens added by `token_weights`.
+# The official code's list, with the start and end tokens added by `frequent_ids`.
 FREQUENT_WORDS = (
     *("in", "on", "of", "to", "about", "this", "that", "a", "an", "the"),
     *("and", "there", "here", "is", "are", ".", ","),

@@ -92,7 +92,7 @@ def retrieval(
         score: of texts and videos as they are read, TV.
 
     Returns:
-        The ranks, and the whole ranking by captions without post-processing.
+        The ranks, and the whole ranking by captions, in two stages if `config` asks for them; without a dual softmax.
     """
     num_texts, num_videos = len(texts.read), len(videos.read)
     scored = _rows(texts.read, videos.read, score)

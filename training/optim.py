@@ -47,7 +47,7 @@ def set_lr(optimizer: AdamW, config: OptimConfig, step: int) -> float:
 
 
 def average(model: Retriever, config: OptimConfig) -> AveragedModel | None:
-    """The moving average of the weights, which begins as a copy; None without `optim.ema`."""
+    """The moving average of the weights, which begins as a copy after the first step; None without `optim.ema`."""
     if config.ema is None:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.errors import RunError
 from training import collectives
 
 Score = Callable[[Tensor, Tensor], Tensor]  # what is kept of texts and of videos → scores TV
@@ -44,10 +45,16 @@ def rank(rows: Rows, right: Sequence[Sequence[int]], num_items: int) -> Ranking:
     Args:
         rows: their scores.
         right: of each query, the right items: at least one.
+
+    Raises:
+        RunError: a score is no number, and comparisons with it would rank the query first.
     """
     mine = [_ranked(rows(chunk), right[chunk]) for chunk in _chunks(len(right), num_items)]
     parts = [part for of_rank in collectives.gather_objects(mine) for part in of_rank]
-    return Ranking(*map(np.concatenate, zip(*parts, strict=True)))
+    ranking = Ranking(*map(np.concatenate, zip(*parts, strict=True)))
+    if np.isnan(ranking.margins_Q).any():
+        raise RunError("the model's scores are not finite, so nothing can be ranked: lower optim.lr")
+    return ranking
 
 
 def best_of_groups(rows: Rows, group_N: Tensor, num_groups: int) -> Rows:

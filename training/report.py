@@ -41,12 +41,16 @@ class Example(_Record):
 
 
 class RunReport(_Record):
-    """What was measured of one run."""
+    """What was measured of one run. `recall` is the run whose vectors found the candidates, None its own towers."""
 
     run: str
     step: int
     seed: int
     settings: EvalConfig
+    recall: str | None
+    questions: str | None
+    labels: str | None
+    templates: list[str]
     videos: int
     captions: int
     metrics: dict[str, Estimate]
@@ -79,6 +83,10 @@ def of_run(config: EvaluateConfig, run: str, step: int, evaluation: Evaluation) 
         step=step,
         seed=config.seed,
         settings=config.eval,
+        recall=config.recall,
+        questions=config.questions,
+        labels=config.labels,
+        templates=config.templates,
         videos=len(evaluation.infos),
         captions=len(evaluation.by_text.ranks_Q),
         metrics=estimates(evaluation.measured, config.resamples, config.confidence),
@@ -152,10 +160,12 @@ def notes(runs: Sequence[RunReport], confidence: float, resamples: int) -> list[
             "A sentence that several videos have, word for word, finds any of them. Papers count only the video "
             "that it came with: eval.shared_captions=false."
         )
-    for top in sorted({one.rerank_top for one in settings if one.rerank_top}):
+    two_stages = {(run.settings.rerank_top, run.recall) for run in runs if run.settings.rerank_top}
+    for top, recall in sorted(two_stages, key=str):
+        finder = f"the vectors of {recall}" if recall else "the towers' own vectors"
         said.append(
-            f"Two stages: the first {top:,} by the towers' own vectors are ranked again by the scorer; all others stay "
-            "behind them, in the first stage's order."
+            f"Two stages: the first {top:,} by {finder} are ranked again by the scorer; all others stay behind them, "
+            "in the first stage's order. A margin between one of these and one of those is no difference of scores."
         )
     if any(one.dsl_temperature for one in settings):
         said.append(DUAL_SOFTMAX)

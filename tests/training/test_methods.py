@@ -117,7 +117,7 @@ def test_it_trains_saves_loads_and_evaluates(method: str, tmp_path: Path) -> Non
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (len(CAPTIONS), 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tokens = models.tokenize(config.model)(CAPTIONS)
-    before = copy.deepcopy(model.state_dict())
+    before, steps = copy.deepcopy(model.state_dict()), []
     for step in range(2):
         optim.set_lr(state.optimizer, config.optim, step)
         state.optimizer.zero_grad()
@@ -126,6 +126,9 @@ def test_it_trains_saves_loads_and_evaluates(method: str, tmp_path: Path) -> Non
         assert all(part.isfinite() for part in parts.values())
         state.optimizer.step()
         state.ema.update_parameters(model)
+        steps.append(copy.deepcopy(dict(model.named_parameters())))
+    for name, averaged in state.best.named_parameters():  # a copy after the first step, then 0.5 of it
+        torch.testing.assert_close(averaged, (steps[0][name] + steps[1][name]) / 2)
     buffers = before.keys() - {name for name, _ in model.named_parameters()}
     fixed = {n for n in before if "clip." in n} if config.model.freeze_backbone else set()
     for values in (model.state_dict(), state.best.state_dict()):

@@ -216,6 +216,9 @@ def test_vectors_that_are_not_finite_are_no_perfect_score():
     for broken in (float("nan"), float("inf")):
         with pytest.raises(RunError, match=r"not finite.*lower optim\.lr"):
             measure(vectors, Features(torch.full((2, 2), broken)), infos("a", "b"), EvalConfig())
+    one = torch.tensor([[1.0, float("nan")], [0.0, 1.0]])  # of a scorer
+    with pytest.raises(RunError, match=r"not finite.*lower optim\.lr"):
+        measure(vectors, vectors, infos("a", "b"), EvalConfig(), lambda texts, videos: one)
 
 
 def test_an_order_score_needs_twins():

@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from common import config as configs
 from common import storage
 from common.config import validate
 from common.errors import ConfigError, StorageError
 from training import models
+from training.config import PRESETS, TrainConfig
 from training.encode import encode_clips
+from training.loop import token_weights
+from training.losses import FREQUENT_WORDS
 from training.model_config import MeanPoolConfig, PromptSwitchConfig
 from training.models import clip as clip_tower
 from training.models.open_clip_lib import open_clip
@@ -90,6 +94,14 @@ def test_the_two_readings_of_the_switch_differ():
     outputs = [prompt_switch(switch=reading).frame_features(pixels()) for reading in ("attention", "residual", "off")]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
     assert (outputs[0] - outputs[2]).abs().max() > 1e-3
+
+
+def test_the_switch_of_the_residual_is_undone_by_a_turned_cube():
+    """In one layer, that is all it does. Seen to fail where it switches before the block and behind it."""
+    switched = prompt_switch(switch="residual", cube_layers=[1, 1])
+    plain = prompt_switch(switch="off", cube_layers=[1, 1])
+    plain.prompt_cube.data = plain.prompt_cube.data.transpose(0, 1)
+    torch.testing.assert_close(switched.frame_features(pixels()), plain.frame_features(pixels()))
 
 
 def test_switch_equals_an_explicit_double_loop_and_undoes_itself():
@@ -296,3 +308,13 @@ def test_the_small_vocabulary_is_a_prefix_of_clips_own():
 def test_frequent_words_are_single_tokens_with_start_and_end():
     ids = frequent_ids("tiny", ["in", "the", "elephantine"])
     assert len(ids) == 4 and {4094, 4095} <= set(ids)
+
+
+def test_the_caption_loss_of_training_counts_frequent_words_less():
+    """Seen to fail where `losses.frequent_weight` is not read, and with an empty list of words."""
+    config = configs.load(TrainConfig, "tiny", ["losses.frequent_weight=0.125"], PRESETS)
+    weights = token_weights(config, models.build(config.model))
+    frequent = frequent_ids("tiny", FREQUENT_WORDS)
+    assert len(frequent) == 19 and len(weights) == 4096
+    assert weights[frequent].unique().tolist() == [0.125]
+    assert weights.sum() == len(weights) - 19 * (1 - 0.125)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from common import config as configs
+from common.errors import ConfigError
 from training import models, optim
 from training.backbone import BACKBONES
 from training.config import PRESETS, TrainConfig
@@ -21,6 +22,44 @@ def test_every_method_has_a_preset() -> None:
     presets = [configs.load(TrainConfig, name, [], PRESETS) for name in configs.preset_names(PRESETS)]
     assert {preset.model.name for preset in presets} == set(models.MODELS)
     assert {preset.model.scorer.name for preset in presets if preset.model.scorer} == set(models.SCORERS)
+
+
+PUBLISHED = {  # batch, frames, lr, lr_new, weight decay, betas, epochs x pairs (reference: the papers and their code)
+    "prompt_switch": (128, 6, 1e-6, 3e-5, 0.2, 0.999, 5 * 180_000),
+    "prompt_switch_msvd": (128, 6, 1e-6, 3e-5, 0.2, 0.999, 5 * 48_774),
+    "prompt_switch_lsmdc": (128, 6, 1e-6, 3e-5, 0.2, 0.999, 5 * 101_079),
+    "prompt_switch_activitynet": (128, 16, 1e-6, 3e-5, 0.2, 0.999, 20 * 10_009),
+    "seq_transf": (128, 12, 1e-7, 1e-4, 0.2, 0.98, 5 * 180_000),
+    "xclip": (300, 12, 1e-7, 1e-4, 0.2, 0.98, 5 * 180_000),
+    "ts2net": (128, 12, 1e-7, 1e-4, 0.2, 0.98, 5 * 180_000),
+    "xpool": (32, 12, 1e-6, 3e-5, 0.2, 0.999, 5 * 180_000),
+    "vop_fc": (32, 12, None, None, 0.2, None, 5 * 180_000),
+    "vop_fc_didemo": (32, 12, None, None, 0.2, None, 5 * 8_395),
+    "clip_vip": (128, 12, 1e-6, None, 0.2, None, 5 * 180_000),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name: str) -> None:
+    """None: not published. The length is that of the whole passes that fit."""
+    config = configs.load(TrainConfig, name, [], PRESETS)
+    batch, frames, lr, lr_new, decay, beta, pairs = PUBLISHED[name]
+    assert (config.optim.batch_size, config.model.num_frames, config.optim.weight_decay) == (batch, frames, decay)
+    assert config.optim.steps in (pairs // batch, -(-pairs // batch))
+    for published, ours in ((lr, config.optim.lr), (lr_new, config.optim.lr_new), (beta, config.optim.betas[1])):
+        assert published in (None, ours)
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("clip_vip", ["losses.frame_contrastive=0.5"], "no meaning for clip_vip"),
+        ("vop", ["model.text_suffix=4", 'model.scorer={"name": "xpool"}'], "model.text_suffix has no meaning under"),
+    ],
+)
+def test_pairs_that_mean_nothing_are_refused(preset: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        configs.load(TrainConfig, preset, overrides, PRESETS)
 
 
 @pytest.fixture

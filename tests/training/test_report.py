@@ -15,7 +15,7 @@ from common.config import apply
 from tests.retrieval.conftest import write_dataset, write_run
 from tests.training.test_metrics import infos_of
 from training import models, report
-from training.config import EvalConfig, EvaluateConfig
+from training.config import PRESETS, EvalConfig, EvaluateConfig
 from training.data.loader import eval_loader, open_cache
 from training.encode import evaluation, measure
 from training.evaluate import publish
@@ -94,6 +94,21 @@ def test_the_page_holds_frames_and_escaped_words_and_asks_the_network_for_nothin
         assert html.escape(example.query) in page and example.video in page and example.rival in page
     assert "&lt;said&gt;" in page and "<said>" not in page
     assert not re.search(r"https?://|<script|<link", page)
+
+
+def test_what_found_the_candidates_is_told(dataset: Path, tmp_path: Path) -> None:
+    """Seen to fail where the note is the towers' whatever `recall` says."""
+    scorer = {"eval.dsl_temperature": None, "eval.rerank_top": 3, "eval.views": 1}
+    config = configs.load(EvaluateConfig, "xpool", [], PRESETS)
+    vectors = Features(torch.eye(4), torch.eye(4))
+    found = measure(vectors, vectors, infos_of([["a"], ["b"], ["c"], ["d"]]), EvalConfig(rerank_top=3))
+    own, other = (
+        report.of_run(apply(config, {**scorer, "recall": recall, "labels": "x.json"}), "runs/a", 1, found)
+        for recall in (None, "runs/b")
+    )
+    assert other.recall == "runs/b" and other.labels == "x.json" and other.templates == ["a video of {}."]
+    said = [[note for note in report.notes([run], 0.95, 10) if "Two stages" in note] for run in (own, other)]
+    assert "the first 3 by the towers' own vectors" in said[0][0] and "by the vectors of runs/b" in said[1][0]
 
 
 def test_examples_are_the_extremes_one_of_each_video() -> None:

@@ -1,7 +1,8 @@
 """X-Pool (Gorti et al., CVPR 2022, arXiv 2203.15086): a text attends to a video's frames and pools what it is about.
 
 Trained: all of CLIP, and the pooling block at the new modules' rate. Cached per video: 2 F x D, the keys and values of
-its frames. Multiply-adds per text-video pair: 2 F D + 2 D^2 + D (537 k at F = 12, D = 512).
+its frames, made of the F x D that `retrieval.embed` stores (2 F D^2). Multiply-adds per text-video pair: 2 F D +
+2 D^2 + D (537 k at F = 12, D = 512).
 
 Shapes: T texts, V videos, F frames, K = 2 F, D joint width, H heads of width d.
 """
