@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from common import storage
 from common.config import Settings
-from training.model_config import ModelConfig
+from training.model_config import ModelConfig, VoPConfig
 
 PRESETS = Path(__file__).parent / "presets"
 PATHS = (
@@ -82,11 +82,18 @@ class OptimConfig(Settings):
     )
 
 
+Metric = Literal[
+    "r1", "r5", "r10", "r50", "rsum", "mdr", "mnr",
+    "v2t_r1", "v2t_r5", "v2t_r10", "v2t_r50", "v2t_rsum", "v2t_mdr", "v2t_mnr", "order",
+]  # fmt: skip
+LOWER_IS_BETTER = ("mdr", "mnr", "v2t_mdr", "v2t_mnr")  # ranks
+
+
 class EvalConfig(Settings):
     every: PositiveInt = Field(1000, description="steps between evaluations on data.val; also at the end")
     views: PositiveInt = Field(2, description="clips of num_frames per video, averaged (official: 12 frames as 2 x 6)")
     batch_size: PositiveInt = Field(32, description="videos per rank and forward pass")
-    select: Literal["r1", "r5", "r10", "rsum", "order"] = Field("r1", description="val metric that selects best/")
+    select: Metric = Field("r1", description="val metric that selects best/")
     twins: bool = Field(
         False, description="also the order score: two videos of one source_id are each other's frame reversal"
     )
@@ -196,7 +203,8 @@ class TrainConfig(Settings):
             raise ValueError("losses.frame_contrastive has no meaning under model.scorer: set it to 0")
         if self.losses.frame_contrastive and self.model.name == "clip_vip":
             raise ValueError("losses.frame_contrastive has no meaning for clip_vip, a clip of one vector: set it to 0")
-        if scorer and getattr(self.model, "text_suffix", 0):  # the scorer reads the end token, the towers behind it
+        # A scorer reads the end token, such towers what is behind it.
+        if scorer and isinstance(self.model, VoPConfig) and self.model.text_suffix:
             raise ValueError("model.text_suffix has no meaning under model.scorer: set it to 0")
         if scorer and scorer.counts_frames and self.eval.views > 1:
             raise ValueError(

@@ -33,7 +33,7 @@ def only_driver(run: str) -> Iterator[None]:
         mark = with_driver(_DriverMark, name=name, namespace="runs").remote()
     except ValueError:
         raise TryAgainError(
-            f"run {run} is being trained by another driver right now: wait for it, or choose a run.name"
+            f"run {run} is being trained by another driver right now: wait for it, or choose another name"
         ) from None
     try:
         yield

@@ -24,7 +24,7 @@ from common import logs, retry, shards
 from common.errors import RunError
 from training import checkpoint, losses, models, optim, weights
 from training.collectives import sum_over_ranks
-from training.config import TrainConfig
+from training.config import LOWER_IS_BETTER, TrainConfig
 from training.data.loader import Batch, EvalBatch, eval_loader, open_cache, sample_order, train_loader
 from training.encode import evaluate
 from training.models.tokenizer import frequent_ids
@@ -43,7 +43,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         settings: {"config": TrainConfig as plain data, "metric_log": handle of tracking.MetricLog or None}.
     """
     config = TrainConfig.model_validate(settings["config"])
-    began = time.monotonic()
+    began, began_at = time.monotonic(), time.time()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     logs.setup(rank)
@@ -108,12 +108,13 @@ def train_loop(settings: dict[str, Any]) -> dict[str, float]:
         if val is not None and (done % config.eval.every == 0 or last):
             scores = evaluate(state.best, meter.paused(val), tokenize, config.eval, device)
             meter.log_scores("val", done, scores)
-            if position.best is None or scores[config.eval.select] > position.best:
-                position = position._replace(best=scores[config.eval.select])
+            score, sign = scores[config.eval.select], -1 if config.eval.select in LOWER_IS_BETTER else 1
+            if position.best is None or sign * score > sign * position.best:
+                position = position._replace(best=score)
                 if rank == 0:
                     weights.save_best(run, state.best, done, scores)
         position = position._replace(step=done)
-        reported = {"step": done, "loop_s": time.monotonic() - began, **scores}
+        reported = {"step": done, "loop_began": began_at, "loop_s": time.monotonic() - began, **scores}
         if is_saved:
             in_background = not (last or is_draining)
             checkpoint.report(config, state, position, reported, in_background)

@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from common import config as configs
 from common import logs, ray_address, shards, storage
 from common.errors import ConfigError, NotFoundError, RunError, TryAgainError, exit_with, told
+from common.shards import DatasetIndex
 from training import tracking
 from training.config import PATHS, PRESETS, TrainConfig
 from training.data.loader import check_frames, sample_order
@@ -43,12 +44,7 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
     config = with_absolute_paths(config)
     run = run_url(config)
     dataset, dataset_sha256 = shards.read_dataset(config.data.dataset)
-    for split in (*config.data.train, config.data.val, config.data.test):
-        if split is not None:
-            dataset.split(split)
-    sample_order(config, dataset)
-    check_frames(config, config.data.dataset, dataset, config.data.train[0], config.eval.views)
-    check_model(config)
+    check(config, dataset)
     storage.check_writable(run)
     with only_driver(run):
         check_identity(config, run, dataset_sha256)
@@ -58,6 +54,20 @@ def train(config: TrainConfig, callbacks: Sequence[UserCallback] = (), parent: s
             return finished
         storage.publish_bytes(configs.dump(config).encode(), storage.join(run, "config.yaml"))
         return _fit(config, run, dataset_sha256, callbacks, parent)
+
+
+def check(config: TrainConfig, dataset: DatasetIndex) -> None:
+    """Refuse what can't be trained on the dataset, or at all.
+
+    Raises:
+        ConfigError, DataError, RunError: as one sentence.
+    """
+    for split in (*config.data.train, config.data.val, config.data.test):
+        if split is not None:
+            dataset.split(split)
+    sample_order(config, dataset)
+    check_frames(config, config.data.dataset, dataset, config.data.train[0], config.eval.views)
+    check_model(config)
 
 
 def _fit(
@@ -210,7 +220,7 @@ def check_identity(config: TrainConfig, run: str, dataset_sha256: str) -> None:
     except NotFoundError:
         storage.publish_bytes(json.dumps(mine, indent=2).encode(), url, if_none_match=True)
         return
-    differing = list(_differences(mine, theirs, ""))
+    differing = list(differences(mine, theirs, ""))
     if differing:
         raise RunError(
             f"run {run} began with another configuration ({'; '.join(differing)}): "
@@ -222,10 +232,11 @@ MAX_LOADERS = 16  # a rank's one main process has to collect what they make
 ORDER_KEYS = ("train", "lanes", "shuffle_shards", "crop_scale", "flip")
 
 
-def _differences(mine: Any, theirs: Any, key: str) -> Iterator[str]:
+def differences(mine: Any, theirs: Any, key: str) -> Iterator[str]:
+    """What two trees of settings differ in, each as a part of a sentence."""
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         for name in sorted({*mine, *theirs}):
-            yield from _differences(mine.get(name), theirs.get(name), f"{key}.{name}" if key else name)
+            yield from differences(mine.get(name), theirs.get(name), f"{key}.{name}" if key else name)
     elif mine != theirs:
         yield f"{key} was {json.dumps(theirs)}, is {json.dumps(mine)}"
 

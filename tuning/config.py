@@ -3,22 +3,20 @@
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from common.config import Settings
-from training.config import TrackingConfig
+from training.config import LOWER_IS_BETTER, Metric, TrackingConfig
 
 STUDIES = Path(__file__).parent / "studies"
 
-RECALLS = ("r1", "r5", "r10", "r50", "rsum")
-HIGHER_IS_BETTER = (*RECALLS, *(f"v2t_{name}" for name in RECALLS), "order")
-LOWER_IS_BETTER = ("mdr", "mnr", "v2t_mdr", "v2t_mnr")  # ranks
-METRICS = (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)
+METRICS = get_args(Metric)
 SET_BY_STUDY = ("run", "tracking")
 SIZES = ("num_workers", "cpus_per_worker", "gpus_per_worker", "use_gpu", "autoscale")
 MAX_GRID_VALUES = 1000
+MAX_SEEDS = 100
 
 Number = int | float
 
@@ -142,6 +140,9 @@ class StudyConfig(Settings):
         for key in (f"workers.{size}" for size in SIZES):
             if key in self.space:
                 raise ValueError(f"space: trials share the cluster by {key}, so it is one for all: set it in overrides")
+        for key in ("eval.every", "eval.select"):
+            if key in self.space:
+                raise ValueError(f"space: trials are compared by their evaluations, so {key} is one for all: remove it")
         both = sorted({*self.overrides} & {*self.space})
         if both:
             raise ValueError(f"{both[0]} is both in overrides and in space: remove one")
@@ -172,7 +173,10 @@ class PromoteConfig(Settings):
     trial: NonNegativeInt | None = Field(None, description="a trial's number; null = the best one")
     folder: str | None = Field(None, description="folder of the preset; null = training/presets")
     confirm: int | None = Field(
-        None, ge=2, description="first train it again with this many other seeds, and tell mean and confidence interval"
+        None,
+        ge=2,
+        le=MAX_SEEDS,
+        description="first train it again with this many other seeds, and tell mean and confidence interval",
     )
 
 
@@ -181,7 +185,7 @@ def _check_metric(metric: str, mode: str) -> None:
         raise ValueError(f"metric={metric}: the test split must not choose values; take a validation metric such as r1")
     if metric not in METRICS:
         raise ValueError(f"metric={metric} is not one of {', '.join(METRICS)}")
-    better = "max" if metric in HIGHER_IS_BETTER else "min"
+    better = "min" if metric in LOWER_IS_BETTER else "max"
     if mode != better:
         raise ValueError(f"mode={mode} looks for the worst {metric}: set mode={better}")
 

@@ -15,8 +15,8 @@ from typing import Any
 from common import config as configs
 from common import logs, storage
 from common.errors import AlreadyExistsError, ConfigError, NotFoundError, RunError, exit_with
-from training.config import PRESETS, DataConfig, TrackingConfig, TrainConfig
-from tuning.config import Domain, PromoteConfig, StudyConfig
+from training.config import PRESETS, DataConfig, TrackingConfig, TrainConfig, WorkerConfig
+from tuning.config import MAX_SEEDS, SIZES, Domain, PromoteConfig, StudyConfig
 
 RESULT = "study.json"
 USAGE = "python -m tuning.promote STUDY preset=NAME [trial=NUMBER] [folder=FOLDER] [--confirm K]"
@@ -41,7 +41,7 @@ def promote(config: PromoteConfig) -> Path:
         header += confirmed(config, result, trial, settings)
     changes = {  # where and on what a trial ran is the study's business, not the preset's
         "run": {"name": config.preset, "storage": "runs"},
-        "workers": result["workers"],
+        "workers": {**result["workers"], **WorkerConfig().model_dump(mode="json", include=set(SIZES))},
         "tracking": TrackingConfig().model_dump(mode="json"),
         "data.cache": DataConfig.model_fields["cache"].default,
         **{key: value for key, value in trial["values"].items() if key.startswith("workers.")},
@@ -67,8 +67,13 @@ def confirmed(config: PromoteConfig, result: dict[str, Any], trial: dict[str, An
         name=f"{result['study']}-{trial['number']:04d}-seeds",
         storage=config.study,
         base=storage.join(trial["run"], "config.yaml"),
-        overrides={"checkpoint.every": settings.checkpoint.every, "eval.select": settings.eval.select},
-        space={"seed": [Domain(choice=[settings.seed + 1 + i for i in range(config.confirm)])]},
+        overrides={
+            "checkpoint.every": settings.checkpoint.every,
+            "eval.select": settings.eval.select,
+            "workers": result["workers"],  # the trial's own would wait for a cluster to grow
+        },
+        space={"seed": [Domain(choice=[settings.seed + 1 + i for i in range(MAX_SEEDS)])]},
+        trials=config.confirm,  # a later call may ask for more
         searcher="grid",
         metric=result["metric"],
         mode=result["mode"],
@@ -80,7 +85,8 @@ def confirmed(config: PromoteConfig, result: dict[str, Any], trial: dict[str, An
     val = interval([t["metric"] for t in trials])
     ends = [json.loads(storage.read(storage.join(t["run"], "result.json"))) for t in trials]
     test = interval([end[result["metric"]] for end in ends])
-    line = f"Confirmed with {len(trials)} other seeds: val {result['metric']} {val}, at the end test {test}"
+    split = "test" if settings.data.test else "val"
+    line = f"Confirmed with {len(trials)} other seeds: val {result['metric']} {val}, at the end {split} {test}"
     print(f"{line}; trial {trial['number']} itself: val {trial['metric']:.4g}", flush=True)
     return f"# {line} (mean and 95 % interval of it).\n"
 

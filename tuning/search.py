@@ -105,7 +105,9 @@ def _suggested(trial: optuna.Trial, key: str, domain: Domain) -> Any:
     if isinstance(distribution, IntDistribution):
         return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
     assert isinstance(distribution, FloatDistribution)
-    return trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    drawn = trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    # Of a list its own value: 3 steps of 0.1 are 0.30000000000000004.
+    return drawn if domain.values is None else min(domain.values, key=lambda value: abs(value - drawn))
 
 
 def _distribution(domain: Domain) -> BaseDistribution:

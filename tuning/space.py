@@ -7,15 +7,14 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from common import config as configs
 from common.errors import ConfigError
-from training.config import PRESETS, EvalConfig, TrainConfig
+from training.config import PRESETS, TrainConfig
 from tuning.config import Domain, StudyConfig
 
-SELECTABLE = get_args(EvalConfig.model_fields["select"].annotation)
-MAX_CHECKED = 20_000  # combinations: a second
+MAX_CHECKED = 2_000  # combinations, or pairs of values: a second or two
 Of = Callable[[str, Domain], list[Any]]
 
 
@@ -32,19 +31,24 @@ def resolve(study: StudyConfig) -> TrainConfig:
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     base = configs.load(TrainConfig, study.base, overrides, PRESETS)
-    if base.data.val is None:
-        raise ConfigError("data.val is null: trials are compared on the validation split, so set data.val in overrides")
-    if study.metric == "order" and not base.eval.twins:
-        raise ConfigError("metric=order needs eval.twins=true in overrides")
+    for _ in configurations(study, base):
+        pass
+    return base
+
+
+def configurations(study: StudyConfig, base: TrainConfig) -> Iterator[TrainConfig]:
+    """Those of all combinations of listed values, or of many; a range is there by its ends and a number between.
+
+    Raises:
+        ConfigError: one is bad.
+    """
     is_range = any(domain.bounds for domains in study.space.values() for domain in domains)
-    # A range is checked by its ends and by a number between, which an integer field refuses.
-    for place in (0.0, 1.0, 0.381966) if is_range else (0.0,):
+    for place in (0.0, 1.0, 0.381966) if is_range else (0.0,):  # the last is one that an integer field refuses
         for sampled in _to_check(study, lambda key, domain, place=place: _listed(domain, place)):  # type: ignore[misc]
             try:
-                trial_config(study, base, sampled)
+                yield trial_config(study, base, sampled)
             except ConfigError as error:
                 raise ConfigError(f"space: {error}{_hint(study, sampled, str(error))}") from None
-    return base
 
 
 def trial_config(study: StudyConfig, base: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
@@ -56,10 +60,14 @@ def trial_config(study: StudyConfig, base: TrainConfig, values: Mapping[str, Any
     given = {*study.overrides, *values}
     derived: dict[str, Any] = {}
     if "checkpoint.every" not in given:
-        derived["checkpoint.every"] = values.get("eval.every", base.eval.every)
-    if "eval.select" not in given and study.metric in SELECTABLE:
+        derived["checkpoint.every"] = base.eval.every
+    if "eval.select" not in given:
         derived["eval.select"] = study.metric
     config = configs.apply(base, {**values, **derived})
+    if config.data.val is None:
+        raise ConfigError("data.val is null: trials are compared on the validation split, so set data.val in overrides")
+    if config.optim.steps == 0:
+        raise ConfigError("optim.steps=0 trains nothing, so there is nothing to compare: set it in overrides")
     if config.checkpoint.every % config.eval.every:
         raise ConfigError(
             f"checkpoint.every={config.checkpoint.every} is no multiple of eval.every={config.eval.every}: "
@@ -92,14 +100,15 @@ def _extended(study: StudyConfig, keys: list[str], values: dict[str, Any], of: O
 
 
 def _to_check(study: StudyConfig, of: Of) -> Iterator[dict[str, Any]]:
-    """All combinations if they are few; else every pair of two keys' values, the others drawn."""
+    """All combinations if they are few; else pairs of two keys' values, all or many, the others drawn."""
     few = list(itertools.islice(combinations(study, of), MAX_CHECKED + 1))
     if len(few) <= MAX_CHECKED:
         yield from few
         return
     draw = random.Random(0)
     every = [(key, value) for key, domains in study.space.items() for d in domains for value in of(key, d)]
-    for one, other in itertools.combinations(every, 2):
+    pairs = list(itertools.combinations(every, 2))
+    for one, other in pairs if len(pairs) <= MAX_CHECKED else draw.sample(pairs, MAX_CHECKED):
         forced = dict([one, other])
 
         def drawn(key: str, domain: Domain, forced: dict[str, Any] = forced) -> list[Any]:

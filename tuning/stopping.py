@@ -39,12 +39,12 @@ def is_behind(study: StudyConfig, config: TrainConfig, record: Record, records: 
         scheduler.on_trial_add(None, trial)
     now = record.reports[-1]
     before = [(report["time"], r.number, report) for r in records for report in r.reports if report is not now]
-    before.sort(key=lambda row: row[:2])
+    before.sort(key=lambda row: (*row[:2], row[2]["step"]))
     decision = TrialScheduler.CONTINUE
     for _, number, report in [*before, (now["time"], record.number, now)]:
         result = {TIME: math.ceil(report["step"] / config.eval.every), study.metric: report[study.metric]}
         decision = scheduler.on_trial_result(None, trials[number], result)
-    return bool(decision == TrialScheduler.STOP)
+    return bool(decision != TrialScheduler.CONTINUE)
 
 
 def _scheduler(study: StudyConfig, last: int) -> Any:
@@ -55,6 +55,7 @@ def _scheduler(study: StudyConfig, last: int) -> Any:
         "grace_period": study.grace_reports,
     }
     if study.scheduler == "median":
-        # It would pause trials while it knows few others: never.
-        return MedianStoppingRule(**common, min_time_slice=math.inf)  # type: ignore[arg-type]
+        # It would pause trials while it knows few others: never. A hard stop asserts that a trial which it would have
+        # stopped reports no more, as one does whose report was lost and found again (`Trials._add_missing_report`).
+        return MedianStoppingRule(**common, min_time_slice=math.inf, hard_stop=False)  # type: ignore[arg-type]
     return ASHAScheduler(**common, max_t=max(last, study.grace_reports) + 1, reduction_factor=study.reduction_factor)

@@ -22,20 +22,23 @@ from ray.tune.execution import class_cache
 from common import config as configs
 from common import logs, shards, storage
 from common.errors import NotFoundError, RunError, exit_with
+from common.shards import DatasetIndex
 from training.config import TrainConfig
 from training.driver import only_driver
 from training.tracking import find_or_create, log_artifact
-from training.train import connect, scaling, train, with_absolute_paths, with_loaders
+from training.train import check, connect, differences, scaling, train, with_absolute_paths, with_loaders
 from tuning import report, tracking
 from tuning.config import STUDIES, StudyConfig
 from tuning.records import Records, front, ranked
 from tuning.reports import Reports
-from tuning.space import resolve, trial_config
+from tuning.space import configurations, resolve
 from tuning.table import LiveTable, table
-from tuning.trials import Source, Trials, run_name
+from tuning.trials import Source, Trials
 
 log = logging.getLogger(__name__)
 RESULT, REPORT, PRESET = "study.json", "study.html", "study.yaml"
+MAX_MODELS = 50  # that are tried before the first trial
+PLACES = ("dataset", "cache")
 MAY_CHANGE = {"trials", "max_concurrent", "max_failures", "time_budget_s", "storage", "tracking", "overrides", "base"}
 
 
@@ -49,13 +52,18 @@ def run(study: StudyConfig) -> dict[str, Any]:
     base = with_absolute_paths(resolve(study))
     folder = storage.join(base.run.storage, study.name)
     base = configs.apply(base, {"run.storage": folder})
-    _, dataset_sha256 = shards.read_dataset(base.data.dataset)
+    dataset, dataset_sha256 = shards.read_dataset(base.data.dataset)
+    check_trials(study, base, dataset)
     storage.check_writable(folder)
+    os.environ |= {  # the study would wait for minutes while MLflow is out
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    }
     if not ray.is_initialized():
         connect()
     scaling(base)  # a trial that can never fit is refused here; later the cluster may be short of a node for a while
     with only_driver(folder):
-        check_identity(study, base, folder)
+        check_identity(study, base, folder, dataset_sha256)
         storage.publish_bytes(configs.dump(study).encode(), storage.join(folder, PRESET))
         parent = find_or_create(base, folder, dataset_sha256, parent=None)
         records = Records(folder)
@@ -106,30 +114,47 @@ def _publish(trials: Trials, result: dict[str, Any], folder: str, parent: str | 
             log_artifact(folder, Path(local) / REPORT)
 
 
-def check_identity(study: StudyConfig, base: TrainConfig, folder: str) -> None:
-    """Refuse to go on with a study of the same name that began with other settings."""
+def check_trials(study: StudyConfig, base: TrainConfig, dataset: DatasetIndex) -> None:
+    """Refuse what a trial would be refused for: splits, frames or a batch that the dataset lacks, an impossible model.
+
+    Raises:
+        ConfigError, DataError, RunError: as one sentence.
+    """
+    seen: set[str] = set()
+    for config in configurations(study, base):
+        if len(seen) == MAX_MODELS:
+            break
+        parts = config.model_dump_json(
+            include={"data": True, "model": True, "optim": {"batch_size"}, "eval": {"views"}}
+        )
+        if parts not in seen:
+            seen.add(parts)
+            check(with_absolute_paths(config), dataset)
+
+
+def check_identity(study: StudyConfig, base: TrainConfig, folder: str, dataset_sha256: str) -> None:
+    """Refuse to go on with a study of the same name that began with other settings, or another dataset."""
     url = storage.join(folder, "identity.json")
     settings = study.model_dump(mode="json", exclude=MAY_CHANGE)
-    mine = {**settings, "base": base.model_dump(mode="json", exclude={"run", "tracking", "workers"})}
+    values = base.model_dump(mode="json", exclude={"run", "tracking", "workers"})
+    values["data"] = {"sha256": dataset_sha256, **{k: v for k, v in values["data"].items() if k not in PLACES}}
+    mine = {**settings, "base": values}
     try:
         theirs = json.loads(storage.read(url))
     except NotFoundError:
         storage.publish_bytes(json.dumps(mine, indent=2).encode(), url)
         return
-    differing = [key for key in mine if mine[key] != theirs.get(key)]
+    differing = "; ".join(differences(mine, theirs, ""))
     if differing:
-        raise RunError(
-            f"study {folder} began with another {', '.join(differing)}: choose another name, or the old values"
-        )
+        raise RunError(f"study {folder} began otherwise ({differing}): choose another name, or the old values")
 
 
 def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
     study, base = trials.study, trials.base
-    patient = {"workers.autoscale": True, "workers.loader_workers": with_loaders(base).workers.loader_workers}
+    loaders = {"workers.loader_workers": with_loaders(base).workers.loader_workers}
 
     def trial(start: dict[str, Any]) -> None:
-        config = trial_config(study, base, json.loads(start["values"]))
-        config = configs.apply(config, {**patient, "run.name": run_name(study, start["number"])})
+        config = configs.apply(TrainConfig.model_validate_json(start["config"]), loaders)
         train(config, callbacks=[Reports()], parent=parent)
 
     # Tune would copy the driver's AWS keys into each trial's runtime environment, which the dashboard shows.
@@ -141,8 +166,6 @@ def _tuner(trials: Trials, folder: str, parent: str | None) -> tune.Tuner:
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records and MLflow have it all
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # tracebacks; Trials tells the reason
         "RAY_AIR_NEW_OUTPUT": "0",  # prints a table of its own, even if asked not to
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the study would wait for minutes while MLflow is out
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
     # A trial's driver only waits: a share of a CPU would keep its own workers from fitting. It lives on the head, so
     # the loss of another node costs no more than workers, which Ray Train starts again.

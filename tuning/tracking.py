@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from common import storage
+from common import retry, storage
 from common.errors import NotFoundError
 from training import tracking
 from training.config import TrainConfig
@@ -38,7 +38,8 @@ def study_ended(
             trial_ended(study, base, record)
         run_id = _run_id(record)
         if run_id is not None:
-            tracking.set_tags(base, run_id, {"best": json.dumps(record in best)})
+            below = {} if parent is None else {"mlflow.parentRunId": parent}  # missing if MLflow was out at the start
+            tracking.set_tags(base, run_id, {"best": json.dumps(record in best), **below})
     if parent is None:
         return
     tags: dict[str, Any] = {"study": study.name}
@@ -51,8 +52,9 @@ def study_ended(
 
 
 def _run_id(record: Record) -> str | None:
+    url = storage.join(record.run, tracking.RECORD)
     try:
-        run_id: str | None = json.loads(storage.read(storage.join(record.run, tracking.RECORD)))["run_id"]
+        run_id: str | None = json.loads(retry.again(lambda: storage.read(url)))["run_id"]
         return run_id  # None: MLflow was out
     except NotFoundError:
         return None  # it failed before it had one

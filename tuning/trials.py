@@ -4,7 +4,6 @@ A trial of Tune's is one start of a trial of ours. So a trial that failed, or wh
 again, and goes on from its run's checkpoints.
 """
 
-import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from ray.tune.search import Searcher
 
 from common import config as configs
 from common import storage
-from common.errors import ConfigError, RunError, TryAgainError, told
+from common.errors import ConfigError, DataError, RunError, TryAgainError, told
 from training.config import TrainConfig
-from training.train import read_result, scaling
+from training.train import read_result, scaling, with_absolute_paths
 from training.weights import best_scores
 from tuning import tracking
 from tuning.config import METRICS, StudyConfig
@@ -40,15 +39,18 @@ class Start:
     record: Record
     seconds_before: float
     began: float = field(default_factory=time.monotonic)
-    loop_s: float = 0.0  # of its last report
+    loop_began: float = 0.0  # of its last report
+    loop_s: float = 0.0
 
     def count(self, result: dict[str, Any]) -> None:
         """Add what was spent since the last report."""
         self.record.seconds = self.seconds_before + time.monotonic() - self.began
-        loop_s = result.get("loop_s", self.loop_s)
+        if "loop_s" not in result:
+            return
         # It begins at zero again when Ray Train starts the workers again.
-        self.record.worker_s += (loop_s - self.loop_s if loop_s >= self.loop_s else loop_s) * result.get("ranks", 1)
-        self.loop_s = loop_s
+        before = self.loop_s if result["loop_began"] == self.loop_began else 0.0
+        self.record.worker_s += (result["loop_s"] - before) * result["ranks"]
+        self.loop_began, self.loop_s = result["loop_began"], result["loop_s"]
 
 
 class Trials(FIFOScheduler):
@@ -71,21 +73,30 @@ class Trials(FIFOScheduler):
             self.is_over = not live
             return Searcher.FINISHED if self.is_over else None
         self.starts[tune_id] = Start(record, record.seconds)
-        return {"number": record.number, "values": json.dumps(record.values)}
+        return {"config": self._config(record).model_dump_json()}
+
+    def _config(self, record: Record) -> TrainConfig:
+        """Of a trial, for whatever folder it runs in. Raises ConfigError."""
+        config = configs.apply(trial_config(self.study, self.base, record.values), {"workers.autoscale": True})
+        return with_absolute_paths(configs.apply(config, {"run.name": run_name(self.study, record.number)}))
 
     def _new(self) -> Record | None:
-        if self.study.trials is not None and len(self.records) >= self.study.trials:
-            return None
-        values = propose(self.study, self.base, self.records)
-        if values is None:
-            return None
-        number = max((record.number for record in self.records), default=-1) + 1
-        config = trial_config(self.study, self.base, values)
-        run = storage.join(self.base.run.storage, run_name(self.study, number))
-        cost = inference_cost(self.study.cost, config) if self.study.cost else 0.0
-        record = Record(number, values, run, cost)
-        self.records.save(record)
-        return record
+        while self.study.trials is None or len(self.records) < self.study.trials:
+            values = propose(self.study, self.base, self.records)
+            if values is None:
+                return None
+            number = max((record.number for record in self.records), default=-1) + 1
+            record = Record(number, values, storage.join(self.base.run.storage, run_name(self.study, number)))
+            try:
+                config = self._config(record)
+                record.cost = inference_cost(self.study.cost, config) if self.study.cost else 0.0
+            except ConfigError as error:  # a model that can't be built: it would be drawn again at each start
+                log.warning("trial %s is given up: %s", record.name, error)
+                record.status, record.error, record.failures = "failed", str(error), self.study.max_failures + 1
+            self.records.save(record)
+            if record.status == "running":
+                return record
+        return None
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         start = self.starts[trial.trial_id]
@@ -114,11 +125,14 @@ class Trials(FIFOScheduler):
         start = self.starts[trial.trial_id]
         record = start.record
         start.count({})
+        if record.status != "running":  # Tune takes an error in what is told below for one of the trial
+            self._ended(trial.trial_id)
+            return
         error = _error_of(trial)
         known = told(error)
         record.error = str(known or str(error).strip().splitlines()[-1])
         record.failures += 1
-        if isinstance(known, ConfigError | RunError) and not isinstance(known, TryAgainError):
+        if isinstance(known, ConfigError | DataError | RunError) and not isinstance(known, TryAgainError):
             record.failures = self.study.max_failures + 1  # it would fail alike
         if record.failures > self.study.max_failures:
             record.status = "failed"
@@ -135,7 +149,9 @@ class Trials(FIFOScheduler):
         if found is not None and found[0] not in {r["step"] for r in record.reports} and self.study.metric in found[1]:
             step, scores = found
             metrics = {name: scores[name] for name in METRICS if name in scores}
-            record.reports.append({"step": step, **metrics, "time": time.time(), "worker_s": record.worker_s})
+            later = [report for report in record.reports if report["step"] > step]
+            known = later[0] if later else {"time": time.time(), "worker_s": record.worker_s}
+            record.reports.append({"step": step, **metrics, "time": known["time"], "worker_s": known["worker_s"]})
             record.reports.sort(key=lambda report: report["step"])
 
     def _ended(self, tune_id: str) -> None:
@@ -178,4 +194,5 @@ def room(base: TrainConfig) -> int:
     """How many trials the cluster holds now, at least one: a node that was lost may come back."""
     patient = configs.apply(base, {"workers.autoscale": True})
     needed, there = scaling(patient).total_resources, ray.cluster_resources()
-    return max(1, int(min(there.get(name, 0) // amount for name, amount in needed.items() if amount)))
+    # 1 // 0.2 is 4.
+    return max(1, int(min(there.get(name, 0) / amount for name, amount in needed.items() if amount) + 1e-6))

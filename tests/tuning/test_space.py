@@ -62,6 +62,9 @@ FRAMES = '"model.num_frames": {"choice": [6, 12]}'
         ("overrides.losses.caption=0.1", r"losses.caption is both in overrides and in space"),
         ("overrides.checkpoint.every=3", r"checkpoint.every=3 is no multiple of eval.every=2"),
         ("overrides.data.val=null", r"data.val is null"),
+        ('space={"data.val": {"choice": ["val", null]}}', r"space: data.val is null"),
+        ("overrides.optim.steps=0", r"optim.steps=0 trains nothing"),
+        ('space={"eval.every": {"choice": [1, 2]}}', r"compared by their evaluations, so eval.every is one for all"),
         ("metric=test_r1", r"test split must not choose"),
         ("metric=r2", r"metric=r2 is not one of r1"),
         ("metric=order", r"eval.twins=true"),
@@ -122,10 +125,10 @@ def test_check_needs_no_ray() -> None:
 
 
 def test_every_report_holds_the_metric() -> None:
-    s = study("overrides.eval.every=1", "metric=r5")
-    config = trial_config(s, resolve(s), {"eval.every": 3})
+    s = study("overrides.eval.every=3", "metric=mnr", "mode=min")
+    config = trial_config(s, resolve(s), {})
     assert config.checkpoint.every == config.eval.every == 3
-    assert config.eval.select == "r5"
+    assert config.eval.select == "mnr"
 
 
 def test_overrides_are_flat_or_nested() -> None:

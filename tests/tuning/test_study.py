@@ -111,7 +111,7 @@ def test_again_keeps_what_has_ended(folder: Path, result: Result) -> None:
     assert {r: Path(r, "result.json").stat().st_mtime_ns for r in before} == before
     assert [r.info.run_id for r in client.search_runs(["1"])] == runs
     assert all(len(client.get_metric_history(one, "study/worker_s")) <= 1 for one in runs)
-    with pytest.raises(RunError, match="began with another seed, base"):
+    with pytest.raises(RunError, match=r"began otherwise \(base.optim.steps was 2, is 4; seed was 0, is 1\)"):
         run(tiny(folder, "seed=1", "overrides.optim.steps=4"))
 
 
