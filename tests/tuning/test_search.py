@@ -75,11 +75,11 @@ def test_equal_configurations_by_other_values_are_one(tmp_path: Path) -> None:
 def test_a_list_of_steps_is_drawn_as_it_is_listed(tmp_path: Path) -> None:
     """3 x 0.1 is 0.30000000000000004. Seen to fail: values came twice, and `when` did not hold."""
     space = {
-        "model.captioner.dropout": {"quniform": [0, 1, 0.1]},
-        "seed": {"choice": [7], "when": {"model.captioner.dropout": [0.3, 0.6, 0.7]}},
+        "losses.frequent_weight": {"quniform": [0, 1, 0.1]},
+        "seed": {"choice": [7], "when": {"losses.frequent_weight": [0.3, 0.6, 0.7]}},
     }
     found = drawn(tmp_path, 11, f"space={json.dumps(space)}", "searcher=random")
-    assert sorted(values["model.captioner.dropout"] for values in found) == [i / 10 for i in range(11)]
+    assert sorted(values["losses.frequent_weight"] for values in found) == [i / 10 for i in range(11)]
     assert sum("seed" in values for values in found) == 3
 
 

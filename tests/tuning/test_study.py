@@ -12,13 +12,13 @@ from ray.util.state import list_actors
 
 from cluster.local import RayCluster
 from common import config as configs
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, ProjectError, RunError
 from datasets_prep.build import build
 from datasets_prep.config import PRESETS as BUILDS
 from datasets_prep.config import BuildConfig
-from training.config import PRESETS, TrainConfig
+from training.config import PRESETS, TrainConfig, WorkerConfig
 from training.train import connect
-from tuning.config import STUDIES, PromoteConfig, StudyConfig
+from tuning.config import SIZES, STUDIES, PromoteConfig, StudyConfig
 from tuning.promote import promote
 from tuning.records import Record, Records
 from tuning.study import run
@@ -111,8 +111,33 @@ def test_again_keeps_what_has_ended(folder: Path, result: Result) -> None:
     assert {r: Path(r, "result.json").stat().st_mtime_ns for r in before} == before
     assert [r.info.run_id for r in client.search_runs(["1"])] == runs
     assert all(len(client.get_metric_history(one, "study/worker_s")) <= 1 for one in runs)
-    with pytest.raises(RunError, match=r"began otherwise \(base.optim.steps was 2, is 4; seed was 0, is 1\)"):
+    with pytest.raises(RunError, match=r"began otherwise \(.*base.optim.steps was 2, is 4; seed was 0, is 1\)"):
         run(tiny(folder, "seed=1", "overrides.optim.steps=4"))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("overrides.data.val=vall", "vall"),
+        ("overrides.optim.batch_size=100000", "optim.batch_size=100000"),
+        ('space={"model.cube_layers": {"choice": [[0, 1], [50, 60]]}}', r"model.cube_layers=\[50, 60\]"),
+    ],
+)
+def test_what_no_trial_could_do_is_refused_before_the_first(folder: Path, override: str, told: str) -> None:
+    """Seen to fail where each trial found out."""
+    with pytest.raises(ProjectError, match=told):
+        run(tiny(folder, "name=wrong", override))
+    assert not (folder / "studies/wrong").exists()
+
+
+def test_another_dataset_at_the_same_place_is_refused(folder: Path, result: Result) -> None:
+    """Its trials would be compared with those of the old one. Seen to fail where only the URL was known."""
+    identity = folder / "studies/tiny/identity.json"
+    theirs = identity.read_text()
+    identity.write_text(theirs.replace(result["dataset_sha256"], "0" * 64))
+    with pytest.raises(RunError, match=r"base.data.sha256 was \"000"):
+        run(tiny(folder, "overrides.losses.temperature=0.05"))
+    identity.write_text(theirs)
 
 
 def test_promote(folder: Path, result: Result) -> None:
@@ -125,7 +150,7 @@ def test_promote(folder: Path, result: Result) -> None:
         assert config.model_dump()[section][name] == value
     assert (
         config.run.name == "winner"
-        and not config.workers.autoscale
+        and config.workers.model_dump(include=set(SIZES)) == WorkerConfig().model_dump(include=set(SIZES))
         and str(folder) not in config.tracking.uri + config.data.cache
     )
     with pytest.raises(ConfigError, match=r"winner.yaml already exists"):
