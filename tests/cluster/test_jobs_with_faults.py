@@ -169,6 +169,17 @@ def test_a_study_loses_a_node(site: Site, dataset: str) -> None:
     site.submit("study", *command, task="ray::RayTrainWorker", when=lambda: has(STUDY, "/state.pt"))
     result = json.loads(storage.read(f"{STUDY}/study.json"))
     assert result["is_over"] and [trial["status"] for trial in result["trials"]] == ["finished"] * 2
+    client = mlflow.MlflowClient(site.env["MLFLOW_TRACKING_URI"])
+    parent, *children = (
+        client.get_run(json.loads(storage.read(f"{folder}/mlflow_run.json"))["run_id"])
+        for folder in (STUDY, *(trial["run"] for trial in result["trials"]))
+    )
+    assert parent.info.status == "FINISHED" and parent.data.tags["best_trial"] == f"{result['best'][0]:04d}"
+    assert [child.data.tags["mlflow.parentRunId"] for child in children] == [parent.info.run_id] * 2
+    for child, trial in zip(children, result["trials"], strict=True):
+        steps = [metric.step for metric in client.get_metric_history(child.info.run_id, "val/rsum")]
+        assert sorted(steps) == [5, 10] and child.data.tags["status"] == "finished"
+        assert child.data.metrics["study/worker_s"] == trial["worker_s"]
 
 
 def test_embedding_loses_a_node(site: Site, run: str) -> None:

@@ -1,5 +1,6 @@
 """What the methods compute: the switch, the aggregation, CLIP's own towers, frames and views."""
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -96,12 +97,21 @@ def test_the_two_readings_of_the_switch_differ():
     assert (outputs[0] - outputs[2]).abs().max() > 1e-3
 
 
-def test_the_switch_of_the_residual_is_undone_by_a_turned_cube():
-    """In one layer, that is all it does. Seen to fail where it switches before the block and behind it."""
-    switched = prompt_switch(switch="residual", cube_layers=[1, 1])
-    plain = prompt_switch(switch="off", cube_layers=[1, 1])
-    plain.prompt_cube.data = plain.prompt_cube.data.transpose(0, 1)
-    torch.testing.assert_close(switched.frame_features(pixels()), plain.frame_features(pixels()))
+def test_the_switch_of_the_residual_comes_before_each_layer_of_the_cube():
+    """Seen to fail where it comes behind the layer too, and in the first layer only."""
+    model, n = prompt_switch(switch="residual", cube_layers=[1, 2], aggregation=False), 5
+    visual = model.clip.visual
+    x = clip_tower.image_tokens(visual, pixels().flatten(0, 1))
+    for layer in range(3):
+        if layer == 1:
+            x = torch.cat([x, model.prompt_cube.repeat(4, 1, 1)], dim=1)
+        if layer > 0:
+            y = x.clone()
+            for first, i, j in itertools.product(range(0, 8, 2), range(2), range(2)):
+                x[first + i, n + j] = y[first + j, n + i]
+        x = clip_tower.run_block(visual, layer, x)
+    expected = clip_tower.project(visual, clip_tower.pooled(visual, x[:, :n]).unflatten(0, (2, 4)))
+    torch.testing.assert_close(model.frame_features(pixels()), expected)
 
 
 def test_switch_equals_an_explicit_double_loop_and_undoes_itself():
