@@ -98,6 +98,7 @@ def test_a_killed_worker_loses_no_sample_and_repeats_none_that_counts(logged: Tr
     assert list(lost) == [min(last.steps)] and 0 <= lost[min(last.steps)] <= 2 + 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_its_checkpoint_is_and_ends_the_same(logged: TrainConfig, whole: Whole):
     """Ended with its driver's part of Ray, which alone knows the checkpoints: the same command finds them.
 

@@ -122,6 +122,7 @@ def test_new_training_starts_from_old_weights(tiny: TrainConfig):
         train(apply(config, {"run.name": "other", "model.num_prompts": 3}))  # by the driver, before any worker
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: TrainConfig, tmp_path: Path):
     vop = {"name": "vop", "backbone": "tiny", "num_frames": 6, "specific": "context", "joint_layers": 2}
     config = apply(tiny, {"model": vop, "losses.caption": 0, "optim.ema": 0.5})
@@ -134,6 +135,7 @@ def test_a_frozen_backbone_is_what_it_was_and_only_the_rest_is_trained(tiny: Tra
     assert embed(to_embed(config, tmp_path)).videos == 8
 
 
+@pytest.mark.slow
 def test_a_text_conditioned_model_is_trained_on_ranks_and_its_features_are_embedded(tiny: TrainConfig, tmp_path: Path):
     xclip = {"name": "seq_transf", "backbone": "tiny", "temporal": {"layers": 2}, "scorer": {"name": "xclip"}}
     config = apply(tiny, {"model": {**xclip, "num_frames": 6, "max_tokens": 32}, "losses.caption": 0})
@@ -219,6 +221,7 @@ def test_decoding_processes_are_sized_to_the_nodes(tiny: TrainConfig, monkeypatc
         with_loaders(grows)
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_ends_the_command_with_its_name(tiny: TrainConfig, shapes: str, s3: str, tmp_path: Path):
     """At once: no other start would find it whole (test_failures.py). Seen to start four times where that is not said.
 

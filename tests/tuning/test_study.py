@@ -162,6 +162,7 @@ def test_promote(folder: Path, result: Result) -> None:
     assert not (PRESETS / "winner.yaml").exists()
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_recorded_and_the_study_goes_on(folder: Path) -> None:
     """A loss that is not finite fails alike each time, so it is not tried again."""
     grid = ["searcher=grid", "trials=null", 'space={"optim.lr": {"choice": [1e30, 1e-3]}}']
