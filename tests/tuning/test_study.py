@@ -124,14 +124,14 @@ def test_again_keeps_what_has_ended(folder: Path, result: Result) -> None:
     ],
 )
 def test_what_no_trial_could_do_is_refused_before_the_first(folder: Path, override: str, told: str) -> None:
-    """Seen to fail where each trial found out."""
+    """Else each trial would find out."""
     with pytest.raises(ProjectError, match=told):
         run(tiny(folder, "name=wrong", override))
     assert not (folder / "studies/wrong").exists()
 
 
 def test_another_dataset_at_the_same_place_is_refused(folder: Path, result: Result) -> None:
-    """Its trials would be compared with those of the old one. Seen to fail where only the URL was known."""
+    """Its trials would be compared with those of the old one."""
     identity = folder / "studies/tiny/identity.json"
     theirs = identity.read_text()
     identity.write_text(theirs.replace(result["dataset_sha256"], "0" * 64))
